@@ -1,0 +1,170 @@
+"""One compile: options -> passes -> compiler -> callable."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import CompileContext
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+
+from paracompile.errors import ParacompileError
+from paracompile.layout.graph import operations
+from paracompile.layout.plan import Plan
+from paracompile.mesh import Ranks
+from paracompile.options import Options
+from paracompile.passes import pipeline, run_passes
+from paracompile.passes.context_parallel import flops_of
+from paracompile.patterns.rules import rule_for
+from paracompile.report.dump import Dump
+from paracompile.report.report import Report, report_of
+from paracompile.runtime.agreement import Agreement
+from paracompile.runtime.inputs import InputAgreement
+
+Compiled = Callable[..., Any]
+
+# Inductor keeps the order in which collectives are written; these let it move their starts up and their waits down as
+# well. The flag alone does nothing: the list of passes is empty by default. Ordering for peak memory afterwards would
+# undo it.
+_OVERLAP = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": [
+        "reorder_communication_preserving_peak_memory",
+        "sink_waits_iterative",
+        "reorder_communication_preserving_peak_memory",
+    ],
+}
+
+
+def paracompile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Compiled:
+    """The backend: `torch.compile(model, backend="paracompile", options=options)`; see `Options` for the options.
+
+    On one rank the graph goes to the compiler as it is. On several it is sharded first, and all ranks agree on the
+    graph, the options and the plan before any of them runs a collective.
+
+    raises:
+        OptionError: options that cannot work.
+        GraphError: a graph that cannot be sharded.
+        RankError: another rank failed, or holds another graph; raised on every rank.
+    """
+    chosen = Options.parse(options)
+    ranks = Ranks.from_mesh(chosen.mesh)
+    dump = Dump(chosen.dump, _compile_name(), ranks.sequence_rank)
+    dump("captured", gm)
+    if ranks.is_single:
+        compiled = _compile(gm, example_inputs, chosen, {})
+        if chosen.report is not None:
+            chosen.report(Report(ranks=1))
+        return compiled
+
+    agreement = Agreement(ranks.members, chosen.timeout)
+    with agreement.stage("plan") as facts:
+        _check_gradients(gm, example_inputs)
+        plans: list[Plan] = []
+
+        def after(name: str, graph: fx.GraphModule) -> None:
+            if name == "normalise":
+                facts["graph"] = graph.print_readable(print_output=False, include_stride=True)
+            dump(name, graph)
+
+        facts["options"] = chosen.fingerprint()
+        local = run_passes(gm, example_inputs, pipeline(ranks, planned=plans.append), after=after)
+        (plan,) = plans
+        facts["plan"] = describe(plan)
+    with agreement.stage("compile"):
+        compiled = _compile(local, example_inputs, chosen, _OVERLAP)
+        _warn_at_recompile_limit()
+    if chosen.report is not None:
+        chosen.report(report_of(plan, local, operations(local.graph, rule_for), flops_of))
+    agree = InputAgreement(
+        mode=chosen.inputs,
+        indices=tuple(index for index, node in _placeholders(gm) if not _is_static(node)),
+        group=ranks.ulysses.group,
+        source=ranks.members[0],
+        names=tuple(node.name for _, node in _placeholders(gm) if not _is_static(node)),
+    )
+    # The graph's sizes are numbers now; the boxed convention lets inputs be freed while it runs.
+    boxed = getattr(compiled, "_boxed_call", False)
+
+    def run(*args: Any) -> Any:
+        agreed = agree(args)
+        return compiled(agreed) if boxed else compiled(*agreed)
+
+    return run
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text: the same on every rank that decided the same."""
+    lines = []
+    for operation in plan.operations:
+        for value in operation.results:
+            sharding = plan.result(value)
+            if sharding is not None:
+                lines.append(f"{operation.node.name}[{value.index}]: {sharding}")
+    return "\n".join(lines)
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, defaults: Mapping[str, Any]
+) -> Compiled:
+    """Compiles a graph; `defaults` are Inductor settings that the user's `mode` and `inductor` override."""
+    if options.compiler == "eager":
+        return gm.forward
+    if options.compiler == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, list(example_inputs))
+    mode = list_mode_options(options.mode) if options.mode is not None else {}
+    patches = {**defaults, **mode, **options.inductor}
+    return compile_fx(gm, list(example_inputs), config_patches=patches or None)  # type: ignore[return-value]
+
+
+def _placeholders(gm: fx.GraphModule) -> list[tuple[int, fx.Node]]:
+    return list(enumerate(gm.graph.find_nodes(op="placeholder")))
+
+
+def _is_static(node: fx.Node) -> bool:
+    """Whether a graph input is a parameter or a buffer: the same on all ranks, and never sent."""
+    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+
+
+def _check_gradients(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    if not torch.is_grad_enabled():
+        return
+    wanted = [
+        node.name
+        for (_, node), value in zip(_placeholders(gm), example_inputs, strict=True)
+        if isinstance(value, torch.Tensor) and value.requires_grad
+    ]
+    if wanted:
+        others = f" and {len(wanted) - 1} more inputs" if wanted[1:] else ""
+        raise ParacompileError(
+            f"gradients are wanted (of {wanted[0]}{others}), and a "
+            "sharded graph has none: call the model under torch.no_grad() or torch.inference_mode(), or "
+            "model.requires_grad_(False)"
+        )
+
+
+def _compile_name() -> str:
+    identity = CompileContext.current_compile_id()
+    return "graph_" + ("0" if identity is None else str(identity).replace("/", "_"))
+
+
+def _warn_at_recompile_limit() -> None:
+    """The last compile that Dynamo allows a function: whatever comes next runs plainly, whole on every rank."""
+    identity = CompileContext.current_compile_id()
+    count = getattr(identity, "frame_compile_id", None)
+    limit = torch._dynamo.config.recompile_limit
+    if count is not None and count + 1 >= limit:
+        warnings.warn(
+            f"paracompile: this is compile {count + 1} of one model, and torch._dynamo.config.recompile_limit is "
+            f"{limit}: with inputs of yet another shape the model would run plainly, uncompiled and not sharded. Raise "
+            "the limit, or use fewer different resolutions and prompt lengths.",
+            stacklevel=2,
+        )

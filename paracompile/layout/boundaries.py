@@ -1,0 +1,112 @@
+"""Boundaries: which operations run on a rank's tokens only, and where values are gathered.
+
+A minimum cut (as torch's own partitioner uses one to choose what to recompute) between *cut over the ranks* and *whole
+on every rank*. Leaving an operation whole costs the work that cutting it would have saved; taking a cut value to where
+it must be whole costs one gather, however many readers it has; giving a rank its part of a whole value costs nothing,
+as every rank holds it. So token-wise work is cut as early as tokens exist, the gather is put where the value is
+narrowest, and a small attention (a text refiner's) is left whole where its exchange would take longer than its work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+
+from paracompile.layout.factors import Place
+from paracompile.layout.graph import Operation, Value, bytes_of
+from paracompile.layout.places import Attention, Cut, accepts, exchanges
+
+# A main attention is one with at least this share of the heaviest one's work. It is cut whatever the exchange costs:
+# sharding it is what was asked for.
+_MAIN_ATTENTION = 0.1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the costs are weighed with: rough figures of a present GPU and the link between two of them.
+
+    Only ratios matter, and only for small pieces beside the blocks.
+    """
+
+    flops: float = 3e14
+    """Operations in a second (bf16 matrix products)."""
+    memory: float = 3e12
+    """Bytes in a second to and from the GPU's memory."""
+    link: float = 1e11
+    """Bytes in a second between ranks."""
+    start: float = 2e-5
+    """Seconds that a collective takes to start."""
+
+    def work(self, flops: int, size: int, share: float = 1.0) -> int:
+        """Picoseconds (whole, so that sums are exact) for a share of so many operations on so many bytes."""
+        return 1 + round(1e12 * share * (flops / self.flops + size / self.memory))
+
+    def transfer(self, size: float) -> int:
+        """Picoseconds for a collective that sends so many bytes."""
+        return round(1e12 * (self.start + size / self.link))
+
+
+def choose(
+    operations: Sequence[Operation],
+    outputs: Sequence[Value],
+    cuts: Mapping[Operation, Cut],
+    attentions: Mapping[Operation, Attention],
+    places: Mapping[Value, Place],
+    flops: Callable[[Operation], int],
+    ranks: int,
+    machine: Machine,
+) -> set[Operation]:
+    """The operations to run on a rank's part only.
+
+    args:
+        operations: all operations, in order.
+        outputs: the graph's outputs, which must be whole.
+        cuts: how each operation that can be cut is cut.
+        attentions: the attentions among them.
+        places: the tokens' place in every value that has one.
+        flops: an operation's multiply-add work.
+        ranks: over how many ranks the tokens are cut.
+        machine: the figures to weigh work and transfers with.
+    """
+    heaviest = max((item.flops for operation, item in attentions.items() if operation in cuts), default=0)
+    saved = 1 - 1 / ranks
+    network = nx.DiGraph()
+    cut, whole = "cut", "whole"
+    for number, operation in enumerate(operations):
+        if operation not in cuts:
+            network.add_edge(number, whole)
+            continue
+        moved = sum(map(bytes_of, set(operation.operands))) + sum(map(bytes_of, operation.results))
+        network.add_edge(cut, number, capacity=machine.work(flops(operation), moved, saved))
+        attention = attentions.get(operation)
+        if attention is None or not exchanges(attention, places):
+            continue
+        if attention.flops >= _MAIN_ATTENTION * heaviest:
+            network.add_edge(cut, number, capacity=float("inf"))
+        else:
+            exchanged = [*operation.operands[:3], *operation.results]
+            network.add_edge(number, whole, capacity=sum(machine.transfer(bytes_of(v) // ranks) for v in exchanged))
+
+    producers = {result: number for number, operation in enumerate(operations) for result in operation.results}
+
+    def read(value: Value, reader: int | str) -> None:
+        """`reader` needs `value` whole if it is itself whole: one gather, shared by all such readers."""
+        producer = producers.get(value)
+        if producer is None or operations[producer] not in cuts:
+            return
+        gathered = ("gathered", producer, value.index)
+        network.add_edge(producer, gathered, capacity=machine.transfer(saved * bytes_of(value)))
+        network.add_edge(gathered, reader)
+
+    for number, operation in enumerate(operations):
+        for slot, value in enumerate(operation.operands):
+            matches = operation in cuts and accepts(cuts[operation], slot, operation, attentions.get(operation), places)
+            read(value, number if matches else whole)
+    for value in outputs:
+        read(value, whole)
+    if cut not in network or whole not in network:
+        return set(cuts)
+    _, (cut_side, _) = nx.minimum_cut(network, cut, whole, flow_func=nx.algorithms.flow.boykov_kolmogorov)
+    return {operation for number, operation in enumerate(operations) if number in cut_side and operation in cuts}

@@ -1,0 +1,155 @@
+"""The plan: everything that is decided about one graph before any node is rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+from torch._ops import OpOverload
+
+from paracompile.layout.boundaries import Machine, choose
+from paracompile.layout.factors import Place, Rule, Shape
+from paracompile.layout.graph import Operation, Value, is_tensor, operations, value_of
+from paracompile.layout.places import Attention, Cut, accepts, cut_of, exchanges, propagate
+from paracompile.layout.segments import Lengths, Segments, find_segments
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How many tokens of a segment each rank holds.
+
+    A segment that does not divide leaves a remainder of one token for some ranks: those of the longest segment
+    (`longest` tokens, the image) go to the first ranks, those of all others to the last, so that no rank gets all.
+
+    attributes:
+        ranks: over how many ranks each segment is cut.
+        longest: length of the longest segment in the graph.
+    """
+
+    ranks: int
+    longest: int
+
+    def of(self, length: int) -> tuple[int, ...]:
+        """Tokens of a segment of `length` on each rank."""
+        each, rest = divmod(length, self.ranks)
+        sizes = tuple(each + (rank < rest) for rank in range(self.ranks))
+        return sizes if length == self.longest else sizes[::-1]
+
+    def window(self, length: int, rank: int) -> tuple[int, int]:
+        """First position and number of the tokens that `rank` holds of a segment of `length`."""
+        sizes = self.of(length)
+        return sum(sizes[:rank]), sizes[rank]
+
+    def local(self, segments: Lengths, rank: int) -> int:
+        """Tokens of all `segments` on `rank`."""
+        return sum(self.of(length)[rank] for length in segments)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How one value is cut: where its tokens sit and into which segments they fall."""
+
+    place: Place
+    segments: Lengths
+
+    def local_shape(self, shape: Shape, shares: Shares, rank: int) -> Shape:
+        """The shape of the part that `rank` holds of a value of `shape`."""
+        place, local = self.place, shares.local(self.segments, rank)
+        return (*shape[: place.dim], place.outer * local * place.inner, *shape[place.dim + 1 :])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is cut, and how.
+
+    attributes:
+        operations: all operations, in the graph's order.
+        attentions: the attentions among them.
+        cuts: how each operation that is cut is cut.
+        places: the tokens' place in every value they run through, cut or not.
+        segments: the segments of what is cut.
+        shares: how segments are shared out.
+    """
+
+    operations: Sequence[Operation]
+    attentions: Mapping[Operation, Attention]
+    cuts: Mapping[Operation, Cut]
+    places: Mapping[Value, Place]
+    segments: Segments
+    shares: Shares
+
+    def result(self, value: Value) -> Sharding | None:
+        """How a value is cut where it is made; None if it is whole."""
+        lengths = self.segments.values.get(value)
+        return Sharding(self.places[value], lengths) if lengths is not None else None
+
+    def operand(self, operation: Operation, slot: int) -> Sharding | None:
+        """How a cut operation wants an operand; None if whole."""
+        lengths = self.segments.operands.get((operation, slot))
+        if lengths is None:
+            return None
+        place = self.cuts[operation].operands[slot]
+        if place is None:  # an exchanged key or value: cut along its own tokens
+            *_, tokens, _ = shape = operation.op.operands[slot] if operation.op else ()
+            place = Place(len(shape) - 2, tokens)
+        return Sharding(place, lengths)
+
+    def exchanged(self, operation: Operation) -> Attention | None:
+        """The attention whose tokens the ranks exchange in this operation, if it is one."""
+        attention = self.attentions.get(operation)
+        if attention is None or operation not in self.cuts or not exchanges(attention, self.places):
+            return None
+        return attention
+
+    def unmatched(self) -> list[tuple[Operation, Value]]:
+        """Operations that need a cut value whole, and so make it be gathered."""
+        return [
+            (operation, value)
+            for operation in self.operations
+            for slot, value in enumerate(operation.operands)
+            if self.result(value) is not None and not self.takes_cut(operation, slot)
+        ]
+
+    def takes_cut(self, operation: Operation, slot: int) -> bool:
+        """Whether the operation takes this operand just as it is cut where it is made."""
+        if operation not in self.cuts:
+            return False
+        attention = self.attentions.get(operation)
+        return accepts(self.cuts[operation], slot, operation, attention, self.places)
+
+
+def make_plan(
+    graph: fx.Graph,
+    *,
+    rule_for: Callable[[OpOverload], Rule | None],
+    find_attentions: Callable[[Sequence[Operation]], Sequence[Attention]],
+    flops: Callable[[Operation], int],
+    ranks: int,
+    machine: Machine | None = None,
+) -> Plan:
+    """Analyses a normalised graph for `ranks` ranks that share its tokens.
+
+    args:
+        graph: functional ATen with fake tensors in `meta["val"]` (the pass `normalise` makes it).
+        rule_for: the rule of an operator, if there is one.
+        find_attentions: the attentions among the operations.
+        flops: an operation's multiply-add work.
+        ranks: over how many ranks tokens are cut.
+        machine: what costs are weighed with.
+    """
+    all_operations = operations(graph, rule_for)
+    attentions = {attention.operation: attention for attention in find_attentions(all_operations)}
+    places = propagate(all_operations, attentions.values())
+    possible = {
+        operation: cut
+        for operation in all_operations
+        if (cut := cut_of(operation, places, attentions.get(operation))) is not None
+    }
+    (output,) = graph.find_nodes(op="output")
+    outputs = [value_of(node) for node in output.all_input_nodes if is_tensor(node)]
+    chosen = choose(all_operations, outputs, possible, attentions, places, flops, ranks, machine or Machine())
+    cuts = {operation: cut for operation, cut in possible.items() if operation in chosen}
+    segments = find_segments(cuts, cuts, attentions, places)
+    longest = max((length for lengths in segments.values.values() for length in lengths), default=0)
+    return Plan(all_operations, attentions, cuts, places, segments, Shares(ranks, longest))

@@ -1,0 +1,240 @@
+"""Which ranks share the work, and how: the axes "batch", "ring" and "ulysses".
+
+`init_mesh` builds the `DeviceMesh`; `Ranks` is what the rest of the package reads: three sizes, this rank's place on
+each, and the names of the process groups. A `Ranks` can be made without any process group (`Ranks.simulated`), so that
+every pass is a function of sizes and a rank.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from paracompile.errors import OptionError, ParacompileError
+
+__all__ = ["AXES", "Axis", "Ranks", "init_mesh", "mesh_shape"]
+
+AXES = ("batch", "ring", "ulysses")
+"""The axes' names, outermost first: neighbouring ranks differ in "ulysses", whose all-to-alls want the best links."""
+
+
+def init_mesh(
+    device_type: str,
+    *,
+    max_batch_dim_size: int | None = None,
+    max_ring_dim_size: int | None = None,
+    max_ulysses_dim_size: int | None = None,
+) -> DeviceMesh:
+    """Lay all ranks of the world out as a mesh of the axes ("batch", "ring", "ulysses").
+
+    The arguments mean what they mean to ParaAttention's ``init_context_parallel_mesh``; see `mesh_shape`. Under
+    torchrun the process group is made when there is none yet. A collective: every rank calls it.
+
+    Args:
+        device_type: "cuda", "cpu", ...: where the model's tensors live.
+
+    Raises:
+        OptionError: a size below 1, or sizes that do not make up the world.
+        ParacompileError: no process group, and no torchrun to make one from.
+    """
+    if not dist.is_initialized():
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            raise ParacompileError(
+                "init_mesh needs torch.distributed: start the script with torchrun, or call "
+                "torch.distributed.init_process_group first (a single process needs no mesh at all)"
+            )
+        world_size = int(os.environ["WORLD_SIZE"])
+    else:
+        world_size = dist.get_world_size()
+    # Checked before anything is started, so that a wrong size leaves no half-made group behind.
+    shape = mesh_shape(
+        world_size,
+        max_batch_dim_size=max_batch_dim_size,
+        max_ring_dim_size=max_ring_dim_size,
+        max_ulysses_dim_size=max_ulysses_dim_size,
+    )
+    return init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+
+
+def mesh_shape(
+    world_size: int,
+    *,
+    max_batch_dim_size: int | None = None,
+    max_ring_dim_size: int | None = None,
+    max_ulysses_dim_size: int | None = None,
+) -> tuple[int, int, int]:
+    """The sizes (batch, ring, ulysses) for a world of `world_size` ranks; their product is `world_size`.
+
+    "max" is ParaAttention's word: a size is the largest common divisor of what is wanted and what is left, so wanting 3
+    on 4 ranks gives 1. The batch axis comes first (1 unless asked for). Of the rest, the axis that was named takes its
+    part and the other takes what remains; with neither named all is ulysses. ParaAttention refuses both at once; here
+    ulysses then comes before ring, and the two must make up the rest.
+
+    Raises:
+        OptionError: a size below 1 or not an integer; both sizes given that leave ranks without a place.
+    """
+    wanted: dict[str, object] = {
+        "max_batch_dim_size": max_batch_dim_size,
+        "max_ring_dim_size": max_ring_dim_size,
+        "max_ulysses_dim_size": max_ulysses_dim_size,
+    }
+    for key, value in wanted.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise OptionError(key, value, "give an integer of at least 1, or None")
+    batch = 1 if max_batch_dim_size is None else math.gcd(world_size, max_batch_dim_size)
+    rest = world_size // batch
+    if max_ulysses_dim_size is None:
+        ring = 1 if max_ring_dim_size is None else math.gcd(rest, max_ring_dim_size)
+        ulysses = rest // ring
+    else:
+        ulysses = math.gcd(rest, max_ulysses_dim_size)
+        left = rest // ulysses
+        ring = left if max_ring_dim_size is None else math.gcd(left, max_ring_dim_size)
+    if batch * ring * ulysses != world_size:
+        raise OptionError(
+            "max_ring_dim_size",
+            max_ring_dim_size,
+            f"batch {batch} x ring {ring} x ulysses {ulysses} leaves some of the {world_size} ranks without a place: "
+            "leave out max_ring_dim_size or max_ulysses_dim_size, and that axis takes what remains",
+        )
+    return batch, ring, ulysses
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh, seen from one rank."""
+
+    name: str
+    """ "ulysses", "ring" or "batch"."""
+    size: int
+    """Ranks along the axis, at least 1."""
+    rank: int
+    """This rank's place along it, 0 to size - 1."""
+    group: str
+    """The c10d name of this rank's group along the axis, as ``torch.ops._c10d_functional`` takes it; empty for an axis
+    that the mesh does not have."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that share one model's work, seen from one of them."""
+
+    ulysses: Axis
+    ring: Axis
+    batch: Axis
+    members: tuple[int, ...] = ()
+    """The global ranks of the whole mesh in the order (batch, ring, ulysses); empty when simulated or single without a
+    process group."""
+
+    @property
+    def size(self) -> int:
+        """Ranks in all."""
+        return self.batch.size * self.sequence_size
+
+    @property
+    def sequence_size(self) -> int:
+        """Over how many ranks a sequence is cut: ring x ulysses."""
+        return self.ring.size * self.ulysses.size
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which part of a sequence this rank holds, 0 to sequence_size - 1."""
+        return self.ring.rank * self.ulysses.size + self.ulysses.rank
+
+    @property
+    def is_single(self) -> bool:
+        """Nothing is shared: one rank."""
+        return self.size == 1
+
+    @classmethod
+    def simulated(cls, *, ulysses: int = 1, ring: int = 1, batch: int = 1, rank: int = 0) -> Ranks:
+        """The place of flat rank `rank` in a mesh that exists on paper only; groups are named after the axes.
+
+        Raises:
+            OptionError: a size below 1, or a rank outside the mesh.
+        """
+        for key, value in (("ulysses", ulysses), ("ring", ring), ("batch", batch)):
+            if value < 1:
+                raise OptionError(key, value, "an axis has at least 1 rank")
+        if not 0 <= rank < batch * ring * ulysses:
+            raise OptionError("rank", rank, f"give a rank from 0 to {batch * ring * ulysses - 1}")
+        rest, at_ulysses = divmod(rank, ulysses)
+        at_batch, at_ring = divmod(rest, ring)
+        return cls(
+            ulysses=Axis("ulysses", ulysses, at_ulysses, "ulysses"),
+            ring=Axis("ring", ring, at_ring, "ring"),
+            batch=Axis("batch", batch, at_batch, "batch"),
+        )
+
+    @classmethod
+    def from_mesh(cls, mesh: DeviceMesh | None) -> Ranks:
+        """Read a mesh; None stands for all ranks of the world as one ulysses axis, or for a single process.
+
+        Raises:
+            OptionError: a mesh whose axes are not understood, that leaves this rank out, or that asks for an axis that
+                this version cannot shard over.
+        """
+        ranks = cls._from_world() if mesh is None else cls._from_axes(mesh)
+        _refuse_for_now(ranks)
+        return ranks
+
+    @classmethod
+    def _from_world(cls) -> Ranks:
+        if not dist.is_available() or not dist.is_initialized():
+            return cls(ulysses=Axis("ulysses", 1, 0, ""), ring=Axis("ring", 1, 0, ""), batch=Axis("batch", 1, 0, ""))
+        size = dist.get_world_size()
+        group = dist.group.WORLD
+        assert group is not None
+        return cls(
+            ulysses=Axis("ulysses", size, dist.get_rank(), group.group_name),
+            ring=Axis("ring", 1, 0, ""),
+            batch=Axis("batch", 1, 0, ""),
+            members=tuple(range(size)),
+        )
+
+    @classmethod
+    def _from_axes(cls, mesh: DeviceMesh) -> Ranks:
+        takes = 'takes a mesh with any of the axes "batch", "ring", "ulysses", or one of one dimension without names'
+        names = mesh.mesh_dim_names
+        if names is None:
+            if mesh.ndim != 1:
+                raise OptionError("mesh", mesh, f"{mesh.ndim} dimensions and no names: paracompile {takes}")
+            names = ("ulysses",)
+        if not set(names) & set(AXES):
+            raise OptionError("mesh", mesh, f"axes {', '.join(map(repr, names))}: paracompile {takes}")
+        extra = [name for dim, name in enumerate(names) if name not in AXES and mesh.size(dim) > 1]
+        if extra:
+            ours = tuple(name for name in names if name in AXES)
+            raise OptionError(
+                "mesh",
+                mesh,
+                f"axes that paracompile does not shard over: {', '.join(map(repr, extra))}. It {takes}: "
+                f"give the part that is ours, mesh[{(ours[0] if len(ours) == 1 else ours)!r}]",
+            )
+        place = mesh.get_coordinate()
+        if place is None:
+            raise OptionError("mesh", mesh, f"rank {dist.get_rank()} is not in it: compile on the mesh's ranks only")
+        axes = {name: Axis(name, 1, 0, "") for name in AXES}
+        for dim, name in enumerate(names):
+            if name in AXES:
+                axes[name] = Axis(name, mesh.size(dim), place[dim], mesh.get_group(dim).group_name)
+        # Axes of size 1 that are not ours go first; then the order is (batch, ring, ulysses) whatever the user's was.
+        order = sorted(range(len(names)), key=lambda dim: AXES.index(names[dim]) if names[dim] in AXES else -1)
+        members = mesh.mesh.permute(order).flatten().tolist()
+        return cls(axes["ulysses"], axes["ring"], axes["batch"], tuple(int(rank) for rank in members))
+
+
+def _refuse_for_now(ranks: Ranks) -> None:
+    """THE one place that limits the axes. The change that brings ring attention and the batch axis removes it."""
+    for axis in (ranks.ring, ranks.batch):
+        if axis.size > 1:
+            raise OptionError(
+                "mesh",
+                f"{axis.name} axis of {axis.size} ranks",
+                "this version shards over ulysses only: put all ranks on the ulysses axis "
+                "(init_mesh without max_batch_dim_size and max_ring_dim_size)",
+            )

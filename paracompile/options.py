@@ -1,0 +1,213 @@
+"""The options of ``torch.compile(model, backend="paracompile", options={...})``.
+
+One frozen dataclass. Whatever can be told wrong from the value alone is refused here, by an error that names the key,
+the value and the remedy. Nothing here talks to other ranks: `Options.fingerprint` is what they compare.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any, Literal, cast, get_args, get_origin
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from paracompile.errors import OptionError
+
+__all__ = ["Compiler", "InputMode", "Options"]
+
+InputMode = Literal["broadcast", "check", "trust"]
+Compiler = Literal["inductor", "eager", "aot_eager"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a user asks of one compile. Every field has a default; `parse` reads the mapping that torch hands over.
+
+    Raises:
+        OptionError: a value of the wrong type, or one that cannot work.
+    """
+
+    mesh: DeviceMesh | None = None
+    """Which ranks share the work: a mesh with any of the axes "batch", "ring", "ulysses" (see `paracompile.init_mesh`),
+    or a one-dimensional one without names. None: all ranks of the world, or no sharding in a single process."""
+
+    inputs: InputMode = "broadcast"
+    """What ranks do about inputs that differ, at each call: "broadcast" sends the first rank's to all, "check" compares
+    the bytes and raises, "trust" does nothing."""
+
+    rdt: float | None = None
+    """Threshold of the first block cache, a ratio (residual difference); 0 and None are off."""
+
+    compiler: Compiler = "inductor"
+    """What compiles the sharded graph: "inductor"; "eager" interprets it; "aot_eager" traces it with AOTAutograd and
+    then interprets it. The last two are for tests and debugging."""
+
+    mode: str | None = None
+    """Inductor's mode, one of `torch._inductor.list_mode_options()`. It stands here because torch.compile takes no
+    ``mode=`` beside ``options=``. None and "default" are the same to Inductor."""
+
+    inductor: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Patches of `torch._inductor.config`, by name ("triton.cudagraphs"); they win over `mode`."""
+
+    dump: str | os.PathLike[str] | None = None
+    """A folder, made when needed, that gets the graph before and after each pass."""
+
+    report: Callable[[Any], object] | None = None
+    """Called with the report of each graph after it was compiled."""
+
+    timeout: float = 600.0
+    """Seconds that ranks wait for each other at compile time; more than 0."""
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None) -> Options:
+        """Read the ``options`` of torch.compile; None is no options at all.
+
+        Raises:
+            OptionError: an unknown key (the message names close ones), or any bad value.
+        """
+        if options is None:
+            return cls()
+        if not isinstance(options, Mapping):
+            raise OptionError("options", options, 'give a dict, such as {"mesh": mesh}')
+        names = [spec.name for spec in fields(cls)]
+        for key, value in options.items():
+            if key not in names:
+                raise OptionError(
+                    str(key), value, f"there is no such option{_close(str(key), names)}. Options: {', '.join(names)}"
+                )
+        return cls(**dict(options))
+
+    def __post_init__(self) -> None:
+        if self.mesh is not None and not isinstance(self.mesh, DeviceMesh):
+            raise OptionError("mesh", self.mesh, "give a DeviceMesh, such as paracompile.init_mesh builds, or None")
+        _one_of("inputs", self.inputs, get_args(InputMode))
+        _one_of("compiler", self.compiler, get_args(Compiler))
+        object.__setattr__(self, "rdt", _rdt(self.rdt))
+        object.__setattr__(self, "inductor", _inductor(self.inductor))
+        if self.mode is not None:
+            import torch._inductor
+
+            _one_of("mode", self.mode, tuple(torch._inductor.list_mode_options()))
+        if self.compiler != "inductor":
+            for key, value in (("mode", self.mode), ("inductor", self.inductor or None)):
+                if value is not None:
+                    raise OptionError(
+                        key, value, f'only Inductor reads it: remove it, or remove "compiler": {self.compiler!r}'
+                    )
+        _dump(self.dump)
+        if self.report is not None and not callable(self.report):
+            raise OptionError("report", self.report, "give a function that takes one report, or None")
+        seconds = _number("timeout", self.timeout, "give the seconds that ranks wait for each other, more than 0")
+        if not (0 < seconds < math.inf):
+            raise OptionError("timeout", self.timeout, "give a finite number of seconds, more than 0")
+        object.__setattr__(self, "timeout", seconds)
+
+    def fingerprint(self) -> str:
+        """Everything that must be equal on all ranks, one ``name = value`` a line, the same text in every process.
+
+        Left out are what may differ: the mesh as an object (its device type, axes, shape and ranks are in), `dump`,
+        `report` and `timeout`.
+        """
+        facts: dict[str, object] = {
+            "mesh": None
+            if self.mesh is None
+            else (self.mesh.device_type, self.mesh.mesh_dim_names, self.mesh.mesh.tolist()),
+            "inputs": self.inputs,
+            "rdt": self.rdt or None,
+            "compiler": self.compiler,
+            "mode": None if self.mode == "default" else self.mode,
+            **{f"inductor.{name}": value for name, value in sorted(self.inductor.items())},
+        }
+        return "".join(f"{name} = {_stable(value)}\n" for name, value in facts.items())
+
+
+def _close(key: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(key, list(known), n=3)
+    return f"; did you mean {' or '.join(repr(match) for match in matches)}" if matches else ""
+
+
+def _one_of(key: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        hint = _close(value, choices) if isinstance(value, str) else ""
+        raise OptionError(key, value, f"give one of {', '.join(repr(choice) for choice in choices)}{hint}")
+
+
+def _number(key: str, value: object, remedy: str) -> float:
+    # bool is an int to Python; True for a number of seconds or a ratio is a slip.
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise OptionError(key, value, remedy)
+    return float(value)
+
+
+def _rdt(value: object) -> float | None:
+    if value is None:
+        return None
+    remedy = "give a number that is not negative (0 or None: no cache)"
+    rdt = _number("rdt", value, remedy)
+    if math.isnan(rdt) or rdt < 0:
+        raise OptionError("rdt", value, remedy)
+    if rdt > 0:
+        raise OptionError(
+            "rdt", value, "the first block cache isn't available in this version: leave it out, or give 0"
+        )
+    return rdt
+
+
+def _inductor(patches: object) -> dict[str, Any]:
+    """The patches by the names that Inductor has; a copy, so that a later change of the user's dict does nothing."""
+    if patches is None:
+        return {}
+    if not isinstance(patches, Mapping):
+        raise OptionError("inductor", patches, 'give a dict of Inductor settings, such as {"max_autotune": True}')
+    if not patches:
+        return {}
+    from torch._inductor import config
+
+    settings = cast(Any, config)
+    known = settings.get_config_copy()
+    checked: dict[str, Any] = {}
+    for key, value in patches.items():
+        # torch.compile(options=...) takes a dash for an underscore as well.
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise OptionError(
+                f"inductor[{key!r}]",
+                value,
+                f"torch._inductor.config has no such setting{_close(name, known)} "
+                "(torch._inductor.list_options() names all)",
+            )
+        wanted = settings.get_type(name)
+        if get_origin(wanted) is None and isinstance(wanted, type) and not isinstance(value, wanted):
+            raise OptionError(f"inductor[{key!r}]", value, f"the setting takes a value of type {wanted.__name__}")
+        checked[name] = value
+    return checked
+
+
+def _dump(folder: object) -> None:
+    if folder is None:
+        return
+    remedy = "give the path of a folder (it is made when needed), or None"
+    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+        raise OptionError("dump", folder, remedy)
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise OptionError("dump", folder, f"there is a file of that name: {remedy}")
+
+
+def _stable(value: object) -> str:
+    """A text that is equal in every process: no address, no order of a set."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(sorted(f"{_stable(k)}: {_stable(v)}" for k, v in value.items())) + "}"
+    if isinstance(value, (set, frozenset)):
+        return "{" + ", ".join(sorted(_stable(item) for item in value)) + "}"
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(_stable(item) for item in value) + ")"
+    # Functions and classes are named; an Inductor pass given as an object counts by its class.
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"<{getattr(named, '__module__', '?')}.{getattr(named, '__qualname__', '?')}>"

@@ -1,0 +1,121 @@
+"""The report of one compiled graph: counts that a test can assert and a person can read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from paracompile.errors import module_path, source_line
+from paracompile.layout.graph import Operation, bytes_of
+from paracompile.layout.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What became of one graph.
+
+    attributes:
+        ranks: over how many ranks it was sharded; 1 where nothing was.
+        attentions: attentions whose tokens the ranks exchange.
+        cross_attentions: attentions cut along their queries alone, which send nothing.
+        whole_attentions: attentions that every rank computes whole, because that is cheaper.
+        collectives: how often one call starts each kind of collective.
+        bytes_sent: bytes that one rank sends in one call.
+        flops_whole: operations of all matrix products and attentions in the model.
+        flops_rank: those of one rank.
+        notes: what was gathered on the way, and why.
+    """
+
+    ranks: int
+    attentions: int = 0
+    cross_attentions: int = 0
+    whole_attentions: int = 0
+    collectives: dict[str, int] = field(default_factory=dict)
+    bytes_sent: int = 0
+    flops_whole: int = 0
+    flops_rank: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.ranks == 1:
+            return "one rank: nothing was sharded"
+        share = self.flops_rank / self.flops_whole if self.flops_whole else 0.0
+        rows = [
+            ("ranks", str(self.ranks)),
+            ("attentions sharded", str(self.attentions)),
+            ("attentions without communication", str(self.cross_attentions)),
+            ("attentions left whole", str(self.whole_attentions)),
+            ("collectives in a call", ", ".join(f"{count} {name}" for name, count in self.collectives.items())),
+            ("bytes sent by a rank", f"{self.bytes_sent:,}"),
+            ("work of a rank", f"{share:.1%} of the model's products"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join([f"{name:<{width}}  {value}" for name, value in rows] + [f"- {note}" for note in self.notes])
+
+
+def report_of(
+    plan: Plan, local: fx.GraphModule, local_operations: list[Operation], flops: Callable[[Operation], int]
+) -> Report:
+    """The report of a sharded graph.
+
+    args:
+        plan: the plan it was made from.
+        local: the graph that this rank runs.
+        local_operations: the operations in it.
+        flops: an operation's multiply-add work.
+    """
+    exchanged = [operation for operation in plan.attentions if plan.exchanged(operation)]
+    collectives: Counter[str] = Counter()
+    sent = 0
+    for node in local.graph.nodes:
+        kind = _collective(node)
+        if kind is not None:
+            collectives[kind] += 1
+            sent += _bytes_sent(kind, node, plan.shares.ranks)
+    return Report(
+        ranks=plan.shares.ranks,
+        attentions=len(exchanged),
+        cross_attentions=sum(operation in plan.cuts for operation in plan.attentions) - len(exchanged),
+        whole_attentions=sum(operation not in plan.cuts for operation in plan.attentions),
+        collectives=dict(collectives),
+        bytes_sent=sent,
+        flops_whole=sum(map(flops, plan.operations)),
+        flops_rank=sum(map(flops, local_operations)),
+        notes=tuple(_notes(plan)),
+    )
+
+
+def _collective(node: fx.Node) -> str | None:
+    namespace, _, rest = str(node.target).partition(".")
+    name = rest.partition(".")[0]
+    return name if namespace == "_c10d_functional" and name != "wait_tensor" else None
+
+
+def _bytes_sent(kind: str, node: fx.Node, ranks: int) -> int:
+    buffer: Any = node.args[0]
+    tensor = buffer.meta["val"]
+    size: int = tensor.numel() * tensor.element_size()
+    # all_to_all keeps a rank's own slice; all_gather sends the buffer to each of the others
+    return size * (ranks - 1) // ranks if kind == "all_to_all_single" else size * (ranks - 1)
+
+
+def _notes(plan: Plan) -> list[str]:
+    readers: dict[Any, list[Operation]] = {}
+    for operation, value in plan.unmatched():
+        readers.setdefault(value, []).append(operation)
+    return [
+        f"gathered {value.node.name} ({bytes_of(value):,} bytes) for {_spelled(operations[0])}"
+        + (f" and {len(operations) - 1} more" if len(operations) > 1 else "")
+        for value, operations in readers.items()
+    ]
+
+
+def _spelled(operation: Operation) -> str:
+    node = operation.node
+    why = "has no rule" if operation.rule is None else "needs all tokens, or is cheaper whole"
+    where = " in ".join(filter(None, [source_line(node), module_path(node)]))
+    return f"{node.name} = {node.target}, which {why}" + (f", at {where}" if where else "")

@@ -1,0 +1,91 @@
+"""Graph rewrites, and THE ordered list of them.
+
+A pass is `def name(gm, example_inputs, *, ...) -> GraphModule`. It is a function of its arguments alone: it needs no
+process group, and what it needs besides the graph is bound where the list is made. Its contract says what it takes for
+granted; `check_contracts` holds the list against the contracts before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import fx
+
+from paracompile.errors import ParacompileError
+from paracompile.layout.plan import Plan
+from paracompile.mesh import Ranks
+from paracompile.passes.context_parallel import context_parallel
+from paracompile.passes.normalise import normalise
+from paracompile.passes.schedule import schedule
+
+__all__ = ["Pass", "check_contracts", "pipeline", "run_passes"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass with its contract.
+
+    attributes:
+        run: the pass, `(gm, example_inputs) -> GraphModule`.
+        provides: what holds of the graph afterwards.
+        requires: what must hold before.
+        conflicts: what must not hold before.
+    """
+
+    run: Callable[[fx.GraphModule, Sequence[Any]], fx.GraphModule]
+    provides: str
+    requires: frozenset[str] = frozenset()
+    conflicts: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        run = self.run.func if isinstance(self.run, partial) else self.run
+        return run.__name__
+
+
+def pipeline(ranks: Ranks, *, planned: Callable[[Plan], object]) -> list[Pass]:
+    """The passes that shard a graph over `ranks`, in order; `planned` is told the plan once it is made."""
+    return [
+        Pass(normalise, provides="functional ATen"),
+        Pass(
+            partial(context_parallel, axis=ranks.ulysses, planned=planned),
+            requires=frozenset({"functional ATen"}),
+            provides="local shapes",
+            conflicts=frozenset({"local shapes"}),
+        ),
+        Pass(
+            schedule,
+            requires=frozenset({"functional ATen"}),
+            provides="overlap",
+        ),
+    ]
+
+
+def check_contracts(passes: Sequence[Pass]) -> None:
+    """Raises a ParacompileError naming the pass, what it misses and what ran before, if the list cannot work."""
+    held: list[str] = []
+    for step in passes:
+        missing, clashing = step.requires - set(held), step.conflicts & set(held)
+        if missing or clashing:
+            what = f"needs {sorted(missing)}" if missing else f"cannot follow {sorted(clashing)}"
+            raise ParacompileError(f"pass {step.name!r} {what}; before it there is: {held or 'nothing'}")
+        held.append(step.provides)
+
+
+def run_passes(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    passes: Sequence[Pass],
+    *,
+    after: Callable[[str, fx.GraphModule], object] = lambda name, gm: None,
+) -> fx.GraphModule:
+    """Runs the passes in order; `after` is told the name of each and the graph that it made."""
+    check_contracts(passes)
+    for step in passes:
+        gm = step.run(gm, example_inputs)
+        gm.graph.lint()
+        after(step.name, gm)
+    return gm

@@ -1,0 +1,152 @@
+"""One spelling per operator: Dynamo's graph, retraced into functional ATen above autograd.
+
+    before (torch level)                        after (pre-dispatch ATen)
+    q.transpose(1, 2)                           aten.transpose.int(q, 1, 2)
+    x.unsqueeze(-1), torch.unsqueeze(x, 3)      aten.unsqueeze.default(x, -1)
+    out[..., 0::2] = a                          aten.copy, aten.slice_scatter.default(out, ...)
+    F.linear(x, w), F.scaled_dot_product_...    aten.linear.default, aten.scaled_dot_product_attention.default
+
+torch itself does the work: `FunctionalTensorMode` removes views of mutated values and in-place operators, and tracing
+before dispatch keeps `linear`, `layer_norm` and attention as single nodes. Every node then has a schema, so that one
+table of rules covers functions, methods, keywords and operators alike.
+
+- Sizes become numbers: `int(symint)` specialises with a guard that Dynamo honours, so that another resolution
+  recompiles.
+- A tensor subclass among the inputs (a weight quantised by torchao) is traced as a plain tensor of the same outer
+  shape: `aten.linear` stays one node and dispatches on the real subclass when it runs.
+- A mutated graph input is written back by `aten.copy_` at the end, the one in-place operator that remains.
+- Placeholders keep what Dynamo attached to them, without which AOTAutograd no longer knows the static weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch._functorch._aot_autograd.functional_utils import has_data_mutation
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+
+aten = torch.ops.aten
+
+_DROPPED = {aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
+_RESHAPES = {aten.view.default, aten._unsafe_view.default}
+
+
+def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """Retraces `gm` into functional pre-dispatch ATen with static sizes; `gm` itself is not touched."""
+    fake_mode = detect_fake_mode(example_inputs) or FakeTensorMode(allow_non_fake_inputs=True)
+    with fake_mode, _plain_inference():
+        stand_ins = [_stand_in(value) for value in example_inputs]
+        traced = make_fx(
+            lambda *args: _run_functionally(gm, args),
+            tracing_mode="fake",
+            pre_dispatch=True,
+            _allow_non_fake_inputs=True,
+        )(*stand_ins)
+    _restore_inputs(gm, traced)
+    for node in list(traced.graph.nodes):
+        _respell(node)
+    traced.graph.eliminate_dead_code()
+    traced.graph.lint()
+    traced.recompile()
+    return traced
+
+
+def _respell(node: fx.Node) -> None:
+    """Drops what does nothing in a functional graph, and operands that are only asked for a type or a shape.
+
+    Such an operand (of `type_as`, or the overwritten one of `copy`) would tie two unrelated values together.
+    """
+    made = node.meta.get("val")
+    if node.target in _DROPPED:
+        _drop(node, None)
+    elif node.target in _RESHAPES:
+        node.target = aten.reshape.default
+    elif node.target is aten.dropout.default and not (node.args[1] and node.args[2]):
+        _drop(node, node.args[0])
+    elif node.target in (aten.type_as.default, aten.copy.default):
+        source = node.args[0 if node.target is aten.type_as.default else 1]
+        assert isinstance(source, fx.Node)
+        assert isinstance(made, torch.Tensor)
+        before = source.meta["val"]
+        if before.shape != made.shape:
+            return  # a broadcasting copy stays as it is
+        if (before.dtype, before.device) == (made.dtype, made.device):
+            _drop(node, source)
+        else:
+            node.target, node.args = aten._to_copy.default, (source,)
+            node.kwargs = {"dtype": made.dtype, "device": made.device}
+
+
+def _drop(node: fx.Node, instead: Any) -> None:
+    node.replace_all_uses_with(instead)
+    node.graph.erase_node(node)
+
+
+@contextlib.contextmanager
+def _plain_inference() -> Any:
+    """Tracing must not see inference mode (its tensors have no version counter) nor record gradients."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _stand_in(value: Any) -> Any:
+    """A static, plain fake tensor of the same outer metadata; a number for a symbolic size."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(
+            [int(size) for size in value.shape],
+            [int(stride) for stride in value.stride()],
+            dtype=value.dtype,
+            device=value.device,
+        )
+    if isinstance(value, torch.SymInt):
+        return int(value)
+    if isinstance(value, torch.SymFloat):
+        return float(value)
+    return value
+
+
+def _run_functionally(gm: fx.GraphModule, args: Sequence[Any]) -> Any:
+    """Runs `gm` under functionalisation and writes mutated inputs back to `args`."""
+    excluded = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+    mode = FunctionalTensorMode(pre_dispatch=True, export=True)
+    with torch._C._ExcludeDispatchKeyGuard(excluded), mode:
+        inputs = [FunctionalTensor.to_functional(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        with preserve_node_meta():
+            outputs = fx.Interpreter(gm).run(*inputs)
+        outputs = pytree.tree_map_only(FunctionalTensor, _unwrap, outputs)
+        mutated = {
+            index: _unwrap(value)
+            for index, value in enumerate(inputs)
+            if isinstance(value, FunctionalTensor) and has_data_mutation(value)
+        }
+    for index, value in mutated.items():
+        args[index].copy_(value)
+    return outputs
+
+
+def _unwrap(value: FunctionalTensor) -> torch.Tensor:
+    torch._sync(value)  # type: ignore[attr-defined, no-untyped-call]
+    return torch._from_functional_tensor(value.elem)
+
+
+def _restore_inputs(original: fx.GraphModule, traced: fx.GraphModule) -> None:
+    """Gives the traced placeholders Dynamo's names, sources and tensor metadata."""
+    traced.meta.update(original.meta)
+    if hasattr(original, "_param_name_to_source"):
+        traced._param_name_to_source = original._param_name_to_source
+    before = original.graph.find_nodes(op="placeholder")
+    after = traced.graph.find_nodes(op="placeholder")
+    for old, new in zip(before, after, strict=True):
+        kept = {key: old.meta[key] for key in ("tensor_dict", "stack_trace") if key in old.meta}
+        new.meta.update(kept)
+        new._dynamo_source = getattr(old, "_dynamo_source", None)
+        new._rename(old.name)

@@ -1,0 +1,95 @@
+"""Taking a rank's tokens from a whole value, and putting whole values together again.
+
+As in `ulysses`, each function takes `call(operator, *arguments)`, which runs the operator or writes it into a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from paracompile.layout.factors import Place, Shape
+from paracompile.layout.plan import Sharding, Shares
+from paracompile.runtime.ulysses import Call
+
+aten = torch.ops.aten
+c10d = torch.ops._c10d_functional
+
+
+def own_tokens(call: Call, x: Any, shape: Shape, sharding: Sharding, shares: Shares, rank: int) -> Any:
+    """The part that `rank` holds of `x`, a whole value of `shape`: its piece of each segment, joined."""
+    place = sharding.place
+    pieces, start = [], 0
+    opened = _open(call, x, shape, place, place.length)
+    for length in sharding.segments:
+        first, count = shares.window(length, rank)
+        if count:
+            pieces.append((start + first, start + first + count))
+        start += length
+    joined = _join(call, opened, pieces or [(0, 0)], place.dim + (place.outer > 1))
+    return _close(call, joined, sharding.local_shape(shape, shares, rank), place)
+
+
+def all_tokens(call: Call, x: Any, shape: Shape, sharding: Sharding, shares: Shares, rank: int, group: str) -> Any:
+    """The whole value of `shape` from every rank's part; `x` is the part that `rank` holds.
+
+    Parts that differ in length are padded to the longest for the journey, and the padding is dropped on arrival.
+    """
+    place, ranks = sharding.place, shares.ranks
+    locals_ = [shares.local(sharding.segments, other) for other in range(ranks)]
+    longest = max(locals_)
+    dim = place.dim + (place.outer > 1)
+    x = _open(call, x, sharding.local_shape(shape, shares, rank), place, locals_[rank])
+    if locals_[rank] < longest:
+        behind = len(_opened_shape(shape, place, longest)) - 1 - dim
+        x = call(aten.constant_pad_nd.default, x, [0, 0] * behind + [0, longest - locals_[rank]])
+    x = call(aten.clone.default, x, memory_format=torch.contiguous_format)
+    parts = call(c10d.wait_tensor.default, call(c10d.all_gather_into_tensor.default, x, ranks, group))
+    opened = _opened_shape(shape, place, longest)
+    parts = call(aten.reshape.default, parts, [ranks, *opened])
+    pieces = []
+    for number, length in enumerate(sharding.segments):
+        for other in range(ranks):
+            count = shares.of(length)[other]
+            start = shares.local(sharding.segments[:number], other)
+            if count:
+                part = call(aten.select.int, parts, 0, other)
+                pieces.append(call(aten.slice.Tensor, part, dim, start, start + count))
+    return _close(call, call(aten.cat.default, pieces, dim), shape, place)
+
+
+def in_order_of_arrival(call: Call, x: Any, dim: int, segments: Sequence[int], shares: Shares) -> Any:
+    """Reorders dimension `dim` of a whole value (a mask) as tokens arrive: by rank, and by segment within a rank."""
+    if len(segments) == 1:
+        return x  # the ranks' pieces of one segment arrive in its own order
+    windows = []
+    for rank in range(shares.ranks):
+        start = 0
+        for length in segments:
+            first, count = shares.window(length, rank)
+            if count:
+                windows.append((start + first, start + first + count))
+            start += length
+    return _join(call, x, windows, dim)
+
+
+def _join(call: Call, x: Any, windows: Sequence[tuple[int, int]], dim: int) -> Any:
+    pieces = [call(aten.slice.Tensor, x, dim, start, stop) for start, stop in windows]
+    return pieces[0] if len(pieces) == 1 else call(aten.cat.default, pieces, dim)
+
+
+def _opened_shape(shape: Shape, place: Place, tokens: int) -> list[int]:
+    """`shape` with the tokens in a dimension of their own."""
+    around = [size for size in (place.outer,) if size > 1], [size for size in (place.inner,) if size > 1]
+    return [*shape[: place.dim], *around[0], tokens, *around[1], *shape[place.dim + 1 :]]
+
+
+def _open(call: Call, x: Any, shape: Shape, place: Place, tokens: int) -> Any:
+    opened = _opened_shape(shape, place, tokens)
+    return x if opened == list(shape) else call(aten.reshape.default, x, opened)
+
+
+def _close(call: Call, x: Any, shape: Shape, place: Place) -> Any:
+    return x if place.outer == place.inner == 1 else call(aten.reshape.default, x, list(shape))

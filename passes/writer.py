@@ -1,0 +1,46 @@
+"""Writes ATen nodes into a graph, each with the fake tensor that says what it computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+class GraphWriter:
+    """Appends nodes to `graph`, evaluated on fake tensors as they are written.
+
+    attributes:
+        graph: what is written.
+        origin: the node of the captured graph that is being rewritten: new nodes say that they come from there.
+    """
+
+    def __init__(self, fake_mode: FakeTensorMode) -> None:
+        self.graph = fx.Graph()
+        self.origin: fx.Node | None = None
+        self._fake_mode = fake_mode
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Appends `target(*args, **kwargs)`; nodes among the arguments stand for their values."""
+        node = self.graph.call_function(target, args, kwargs)
+        fakes, fake_kwargs = fx.map_arg((args, kwargs), lambda argument: argument.meta["val"])
+        with self._fake_mode, torch.inference_mode(False), torch.no_grad():
+            node.meta["val"] = target(*fakes, **fake_kwargs)
+        self._mark(node)
+        return node
+
+    def copy(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """Appends a node as it stands in another graph, with other arguments of the same shapes."""
+        copied = self.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+        copied.meta = dict(node.meta)
+        if hasattr(node, "_dynamo_source"):
+            copied._dynamo_source = node._dynamo_source
+        return copied
+
+    def _mark(self, node: fx.Node) -> None:
+        if self.origin is not None:
+            node.meta.update({key: self.origin.meta[key] for key in _PROVENANCE if key in self.origin.meta})

@@ -1,0 +1,1 @@
+"""What is known about operators: how they may be cut over ranks, and what they cost."""

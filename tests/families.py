@@ -1,0 +1,187 @@
+"""Small instances of diffusers' own transformers, every parameter random, with inputs.
+
+adaLN-zero and zero-initialised heads would hide every mistake, so EVERY floating point parameter and buffer-like
+table is redrawn with a standard deviation of 1/sqrt(fan in). Sizes (batch, heads, head size, lengths) are pairwise
+different, so that no two equal numbers can hide a dimension taken for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to build one family's model and inputs, and what its sharded graph must look like.
+
+    attributes:
+        build: makes the model (random parameters) and keyword inputs for it.
+        self_attentions: attentions over the sharded sequence in the small model.
+        cross_attentions: attentions to keys that stay replicated.
+    """
+
+    build: Callable[[], tuple[nn.Module, Inputs]]
+    self_attentions: int
+    cross_attentions: int = 0
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Redraws every floating point parameter: std 1/sqrt(fan in), biases and scales too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_floating_point():
+                continue
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else parameter.numel()
+            values = torch.randn(parameter.shape, generator=generator) / fan_in**0.5
+            if parameter.dim() == 1:
+                values = 0.5 + values  # scales of norms near zero would mute what they scale
+            parameter.copy_(values.to(parameter.dtype))
+    return model.eval().requires_grad_(False)
+
+
+def draw(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def flux(heads: int = 4, image: tuple[int, int] = (6, 8), text: int = 12, batch: int = 3) -> tuple[nn.Module, Inputs]:
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=20,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=heads,
+        joint_attention_dim=28,
+        pooled_projection_dim=36,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    rows, columns = image
+    image_ids = torch.zeros(rows, columns, 3)
+    image_ids[..., 1] += torch.arange(rows)[:, None]
+    image_ids[..., 2] += torch.arange(columns)[None]
+    inputs = dict(
+        hidden_states=draw(batch, rows * columns, 20),
+        encoder_hidden_states=draw(batch, text, 28, seed=2),
+        pooled_projections=draw(batch, 36, seed=3),
+        timestep=torch.linspace(0.3, 0.9, batch),
+        img_ids=image_ids.reshape(-1, 3),
+        txt_ids=torch.zeros(text, 3),
+        guidance=torch.linspace(2.0, 4.0, batch),
+        return_dict=False,
+    )
+    return randomise(model), inputs
+
+
+def stable_diffusion_3(
+    heads: int = 4, size: tuple[int, int] = (12, 16), text: int = 20, batch: int = 3, dual: bool = True
+) -> tuple[nn.Module, Inputs]:
+    from diffusers import SD3Transformer2DModel
+
+    model = SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=2,
+        in_channels=5,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=heads,
+        joint_attention_dim=28,
+        caption_projection_dim=16 * heads,
+        pooled_projection_dim=36,
+        out_channels=5,
+        pos_embed_max_size=24,
+        dual_attention_layers=(0,) if dual else (),
+        qk_norm="rms_norm",
+    )
+    inputs = dict(
+        hidden_states=draw(batch, 5, *size),
+        encoder_hidden_states=draw(batch, text, 28, seed=2),
+        pooled_projections=draw(batch, 36, seed=3),
+        timestep=torch.linspace(100.0, 900.0, batch),
+        return_dict=False,
+    )
+    return randomise(model), inputs
+
+
+def wan(
+    heads: int = 4, size: tuple[int, int, int] = (3, 8, 12), text: int = 20, batch: int = 2, image: int | None = None
+) -> tuple[nn.Module, Inputs]:
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=heads,
+        attention_head_dim=18,
+        in_channels=5,
+        out_channels=5,
+        text_dim=28,
+        freq_dim=32,
+        ffn_dim=104,
+        num_layers=3,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        image_dim=44 if image else None,
+        added_kv_proj_dim=18 * heads if image else None,
+        rope_max_seq_len=32,
+    )
+    inputs = dict(
+        hidden_states=draw(batch, 5, *size),
+        encoder_hidden_states=draw(batch, text, 28, seed=2),
+        timestep=torch.linspace(100.0, 900.0, batch),
+        return_dict=False,
+    )
+    if image:
+        inputs["encoder_hidden_states_image"] = draw(batch, image, 44, seed=3)
+    return randomise(model), inputs
+
+
+def cogvideox(
+    heads: int = 4, size: tuple[int, int, int] = (3, 8, 12), text: int = 20, batch: int = 2, rotary: bool = True
+) -> tuple[nn.Module, Inputs]:
+    from diffusers import CogVideoXTransformer3DModel
+
+    frames, height, width = size
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=heads,
+        attention_head_dim=16,
+        in_channels=5,
+        out_channels=5,
+        time_embed_dim=24,
+        text_embed_dim=28,
+        num_layers=3,
+        sample_width=width,
+        sample_height=height,
+        sample_frames=4 * (frames - 1) + 1,
+        patch_size=2,
+        max_text_seq_length=text,
+        use_rotary_positional_embeddings=rotary,
+    )
+    tokens = frames * height * width // 4
+    inputs = dict(
+        hidden_states=draw(batch, frames, 5, height, width),
+        encoder_hidden_states=draw(batch, text, 28, seed=2),
+        timestep=torch.linspace(100.0, 900.0, batch),
+        return_dict=False,
+    )
+    if rotary:
+        angles = draw(tokens, 8, seed=4).repeat_interleave(2, dim=1)
+        inputs["image_rotary_emb"] = (angles.cos(), angles.sin())
+    return randomise(model), inputs
+
+
+FAMILIES: dict[str, Family] = {
+    "flux": Family(flux, self_attentions=4),
+    "stable_diffusion_3": Family(stable_diffusion_3, self_attentions=4),
+    "wan": Family(wan, self_attentions=3, cross_attentions=3),
+    "cogvideox": Family(cogvideox, self_attentions=3),
+}

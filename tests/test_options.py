@@ -1,0 +1,140 @@
+"""Options: what is taken, and that what is refused says why."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paracompile.errors import OptionError
+from paracompile.options import Options
+
+
+def test_defaults() -> None:
+    options = Options.parse(None)
+    assert options == Options() == Options.parse({})
+    assert (options.mesh, options.inputs, options.rdt, options.compiler) == (None, "broadcast", None, "inductor")
+    assert (options.mode, options.inductor, options.dump, options.report) == (None, {}, None, None)
+    assert options.timeout == 600.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.inputs = "trust"  # type: ignore[misc]
+    hash(options)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"inputs": "check"},
+        {"inputs": "trust"},
+        {"rdt": None},
+        {"rdt": 0},
+        {"rdt": 0.0},
+        {"compiler": "eager"},
+        {"compiler": "aot_eager", "inductor": {}},
+        {"mode": "default"},
+        {"mode": "max-autotune"},
+        {"mode": "max-autotune-no-cudagraphs", "inductor": {"triton.cudagraphs": True}},
+        {"inductor": {"max-autotune": True}},
+        {"inductor": {"reorder_for_compute_comm_overlap_passes": []}},
+        {"inductor": None},
+        {"dump": "somewhere/new"},
+        {"dump": Path("somewhere/new")},
+        {"report": print},
+        {"timeout": 1},
+        {"timeout": 0.5},
+    ],
+)
+def test_taken(given: dict[str, Any]) -> None:
+    Options.parse(given)
+
+
+@pytest.mark.parametrize(
+    "given, key, words",
+    [
+        ({"inputs": "brodcast"}, "inputs", ["'broadcast'", "did you mean"]),
+        ({"inputs": True}, "inputs", ["'check'"]),
+        ({"rdt": 0.08}, "rdt", ["0.08", "the first block cache isn't available in this version"]),
+        ({"rdt": -0.1}, "rdt", ["not negative"]),
+        ({"rdt": float("nan")}, "rdt", ["nan", "not negative"]),
+        ({"rdt": True}, "rdt", ["True"]),
+        ({"rdt": False}, "rdt", ["False"]),
+        ({"rdt": "0.1"}, "rdt", ["give a number"]),
+        ({"compiler": "tensorrt"}, "compiler", ["'inductor'", "'aot_eager'"]),
+        ({"mode": "max-autotun"}, "mode", ["'max-autotune'", "did you mean"]),
+        ({"mode": 3}, "mode", ["'default'"]),
+        ({"mode": "default", "compiler": "eager"}, "mode", ["only Inductor reads it", "\"compiler\": 'eager'"]),
+        ({"inductor": {"max_autotune": True}, "compiler": "aot_eager"}, "inductor", ["only Inductor reads it"]),
+        ({"inductor": ["max_autotune"]}, "inductor", ["dict"]),
+        ({"inductor": {"max_autotun": True}}, "inductor['max_autotun']", ["'max_autotune'", "did you mean"]),
+        ({"inductor": {"max_autotune": "yes"}}, "inductor['max_autotune']", ["bool"]),
+        ({"dump": 3}, "dump", ["folder"]),
+        ({"dump": ""}, "dump", ["folder"]),
+        ({"dump": __file__}, "dump", ["there is a file of that name"]),
+        ({"report": "yes"}, "report", ["function"]),
+        ({"timeout": 0}, "timeout", ["more than 0"]),
+        ({"timeout": -1.0}, "timeout", ["more than 0"]),
+        ({"timeout": float("inf")}, "timeout", ["finite"]),
+        ({"timeout": float("nan")}, "timeout", ["finite"]),
+        ({"timeout": True}, "timeout", ["seconds"]),
+        ({"mesh": (2, 2)}, "mesh", ["(2, 2)", "init_mesh"]),
+        ({"input": "check"}, "input", ["no such option", "'inputs'", "mesh, inputs, rdt, compiler"]),
+        ({"zzz": 1}, "zzz", ["Options: mesh, inputs, rdt, compiler, mode, inductor, dump, report, timeout"]),
+        ("mesh", "options", ["dict"]),
+    ],
+)
+def test_refused(given: Any, key: str, words: list[str]) -> None:
+    with pytest.raises(OptionError) as caught:
+        Options.parse(given)
+    assert caught.value.key == key
+    for word in [repr(key), *words]:
+        assert word in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_the_user_s_dict_is_copied() -> None:
+    patches = {"max-autotune": True}
+    options = Options(inductor=patches)
+    patches["nonsense"] = True
+    assert options.inductor == {"max_autotune": True}
+
+
+def test_a_mode_of_every_name_that_torch_knows() -> None:
+    import torch._inductor
+
+    for mode in torch._inductor.list_mode_options():
+        assert Options(mode=mode).mode == mode
+
+
+def test_fingerprint_holds_what_must_be_equal() -> None:
+    base = Options().fingerprint()
+    for same in ({"dump": "x"}, {"report": print}, {"timeout": 5}, {"rdt": 0}, {"mode": "default"}, {"inductor": {}}):
+        assert Options.parse(same).fingerprint() == base
+    other = [{"inputs": "check"}, {"compiler": "eager"}, {"mode": "max-autotune"}, {"inductor": {"max_autotune": True}}]
+    texts = {Options.parse(options).fingerprint() for options in other}
+    assert len(texts) == 4
+    assert base not in texts
+    assert "inputs = 'check'\n" in Options(inputs="check").fingerprint()
+
+
+FINGERPRINT = """
+from paracompile.options import Options
+def a_pass(graph): pass
+patches = {"post_grad_custom_post_pass": a_pass, "reorder_for_compute_comm_overlap_passes": [a_pass]}
+print(Options(inductor=patches).fingerprint())
+"""
+
+
+def test_fingerprint_is_the_same_in_every_process() -> None:
+    runs = [
+        subprocess.run([sys.executable, "-c", FINGERPRINT], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+    assert "a_pass" in runs[0]
+    assert "0x" not in runs[0]
