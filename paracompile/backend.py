@@ -89,14 +89,7 @@ def paracompile(
         source=ranks.members[0],
         names=tuple(node.name for _, node in _placeholders(gm) if not _is_static(node)),
     )
-    # The graph's sizes are numbers now; the boxed convention lets inputs be freed while it runs.
-    boxed = getattr(compiled, "_boxed_call", False)
-
-    def run(*args: Any) -> Any:
-        agreed = agree(args)
-        return compiled(agreed) if boxed else compiled(*agreed)
-
-    return run
+    return lambda *args: compiled(*agree(args))
 
 
 def describe(plan: Plan) -> str:
