@@ -75,17 +75,16 @@ def paracompile(
 
         facts["options"] = chosen.fingerprint()
         local = run_passes(gm, example_inputs, pipeline(ranks, planned=plans.append), after=after)
-        (plan,) = plans
-        facts["plan"] = describe(plan)
+        facts["plan"] = "\n".join(map(describe, plans))
     with agreement.stage("compile"):
         compiled = _compile(local, example_inputs, chosen, _OVERLAP)
         _warn_at_recompile_limit()
     if chosen.report is not None:
-        chosen.report(report_of(plan, local, operations(local.graph, rule_for), flops_of))
+        chosen.report(report_of(plans, ranks.size, local, operations(local.graph, rule_for), flops_of))
     agree = InputAgreement(
         mode=chosen.inputs,
         indices=tuple(index for index, node in _placeholders(gm) if not _is_static(node)),
-        group=ranks.ulysses.group,
+        group=ranks.group,
         source=ranks.members[0],
         names=tuple(node.name for _, node in _placeholders(gm) if not _is_static(node)),
     )

@@ -126,6 +126,10 @@ class Ranks:
     ulysses: Axis
     ring: Axis
     batch: Axis
+    sequence_group: str = ""
+    """The c10d name of the group of the ring and the ulysses axis together, which share a sequence."""
+    group: str = ""
+    """The c10d name of the group of all ranks."""
     members: tuple[int, ...] = ()
     """The global ranks of the whole mesh in the order (batch, ring, ulysses); empty when simulated or single without a
     process group."""
@@ -144,6 +148,11 @@ class Ranks:
     def sequence_rank(self) -> int:
         """Which part of a sequence this rank holds, 0 to sequence_size - 1."""
         return self.ring.rank * self.ulysses.size + self.ulysses.rank
+
+    @property
+    def sequence(self) -> Axis:
+        """The ring and the ulysses axis as one: the ranks that share a sequence."""
+        return Axis("sequence", self.sequence_size, self.sequence_rank, self.sequence_group)
 
     @property
     def is_single(self) -> bool:
@@ -168,19 +177,20 @@ class Ranks:
             ulysses=Axis("ulysses", ulysses, at_ulysses, "ulysses"),
             ring=Axis("ring", ring, at_ring, "ring"),
             batch=Axis("batch", batch, at_batch, "batch"),
+            sequence_group="sequence",
+            group="all",
         )
 
     @classmethod
     def from_mesh(cls, mesh: DeviceMesh | None) -> Ranks:
         """Read a mesh; None stands for all ranks of the world as one ulysses axis, or for a single process.
 
+        The first time that a mesh is read, groups over several of its axes are made: a collective of its ranks.
+
         Raises:
-            OptionError: a mesh whose axes are not understood, that leaves this rank out, or that asks for an axis that
-                this version cannot shard over.
+            OptionError: a mesh whose axes are not understood, or that leaves this rank out.
         """
-        ranks = cls._from_world() if mesh is None else cls._from_axes(mesh)
-        _refuse_for_now(ranks)
-        return ranks
+        return cls._from_world() if mesh is None else cls._from_axes(mesh)
 
     @classmethod
     def _from_world(cls) -> Ranks:
@@ -193,6 +203,8 @@ class Ranks:
             ulysses=Axis("ulysses", size, dist.get_rank(), group.group_name),
             ring=Axis("ring", 1, 0, ""),
             batch=Axis("batch", 1, 0, ""),
+            sequence_group=group.group_name,
+            group=group.group_name,
             members=tuple(range(size)),
         )
 
@@ -222,19 +234,25 @@ class Ranks:
         for dim, name in enumerate(names):
             if name in AXES:
                 axes[name] = Axis(name, mesh.size(dim), place[dim], mesh.get_group(dim).group_name)
-        # Axes of size 1 that are not ours go first; then the order is (batch, ring, ulysses) whatever the user's was.
-        order = sorted(range(len(names)), key=lambda dim: AXES.index(names[dim]) if names[dim] in AXES else -1)
-        members = mesh.mesh.permute(order).flatten().tolist()
-        return cls(axes["ulysses"], axes["ring"], axes["batch"], tuple(int(rank) for rank in members))
+        ours = tuple(name for name in names if name in AXES and axes[name].size > 1)
+        if ours != tuple(name for name in AXES if name in ours):
+            raise OptionError("mesh", mesh, f"axes in the order {ours}: give them in the order {AXES}")
+        sequence = tuple(name for name in ours if name != "batch")
+        return cls(
+            axes["ulysses"],
+            axes["ring"],
+            axes["batch"],
+            sequence_group=_group_of(mesh, sequence),
+            group=_group_of(mesh, ours),
+            members=tuple(int(rank) for rank in mesh.mesh.flatten().tolist()),
+        )
 
 
-def _refuse_for_now(ranks: Ranks) -> None:
-    """THE one place that limits the axes. The change that brings ring attention and the batch axis removes it."""
-    for axis in (ranks.ring, ranks.batch):
-        if axis.size > 1:
-            raise OptionError(
-                "mesh",
-                f"{axis.name} axis of {axis.size} ranks",
-                "this version shards over ulysses only: put all ranks on the ulysses axis "
-                "(init_mesh without max_batch_dim_size and max_ring_dim_size)",
-            )
+def _group_of(mesh: DeviceMesh, names: tuple[str, ...]) -> str:
+    """The c10d name of the group over some of the mesh's axes."""
+    if not names:
+        return ""
+    if mesh.ndim == 1:
+        return mesh.get_group().group_name
+    part = mesh[names[0] if len(names) == 1 else names]
+    return (part if len(names) == 1 else part._flatten()).get_group().group_name

@@ -17,7 +17,7 @@ from torch import fx
 from paracompile.errors import ParacompileError
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
-from paracompile.passes.context_parallel import context_parallel
+from paracompile.passes.context_parallel import batch_parallel, context_parallel
 from paracompile.passes.normalise import normalise
 from paracompile.passes.schedule import schedule
 
@@ -47,20 +47,23 @@ class Pass:
 
 
 def pipeline(ranks: Ranks, *, planned: Callable[[Plan], object]) -> list[Pass]:
-    """The passes that shard a graph over `ranks`, in order; `planned` is told the plan once it is made."""
+    """The passes that shard a graph over `ranks`, in order; `planned` is told each plan as it is made."""
     return [
         Pass(normalise, provides="functional ATen"),
-        Pass(
-            partial(context_parallel, axis=ranks.ulysses, planned=planned),
-            requires=frozenset({"functional ATen"}),
-            provides="local shapes",
-            conflicts=frozenset({"local shapes"}),
+        *(
+            Pass(
+                run,
+                requires=frozenset({"functional ATen"}),
+                provides=provides,
+                conflicts=frozenset({provides}),
+            )
+            for run, provides, wanted in (
+                (partial(batch_parallel, axis=ranks.batch, planned=planned), "local rows", ranks.batch.size > 1),
+                (partial(context_parallel, ranks=ranks, planned=planned), "local tokens", ranks.sequence_size > 1),
+            )
+            if wanted
         ),
-        Pass(
-            schedule,
-            requires=frozenset({"functional ATen"}),
-            provides="overlap",
-        ),
+        Pass(schedule, requires=frozenset({"functional ATen"}), provides="overlap"),
     ]
 
 

@@ -9,11 +9,13 @@
     o* = all_to_all(o); wait(o*)             m = mlp(x)                                        } under o*
     m = mlp(x)                               wait(o*)
 
+In a ring the attention on the present keys is an anchor as well, so that it runs before the wait for the next ones.
+
 Starts keep their order, which is the order in which they were written (v, k, q): every rank runs the same collectives
 in the same order. Before each start comes what it needs and has not been computed, first what depends on no pending
 wait. Inductor keeps this order, and its own reordering passes move what they can besides.
 
-Nothing moves across the edges of an autocast region.
+Nothing moves across the edges of an autocast region, nor across a node that writes to its operand.
 """
 
 from __future__ import annotations
@@ -23,16 +25,22 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
+import paracompile.runtime.kernels  # noqa: F401  (registers the operator of a ring's step)
+
+_RING_STEP = torch.ops.paracompile.attention_with_lse.default
 _AUTOCAST = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
 
 
 def schedule(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """Reorders the nodes of `gm` in place; what they compute stays the same."""
     region: list[fx.Node] = []
-    order: list[fx.Node] = []
+    order: list[fx.Node] = [node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")]
     for node in gm.graph.nodes:
-        if node.op in ("placeholder", "get_attr", "output") or node.target in _AUTOCAST:
+        if node.op in ("placeholder", "get_attr"):
+            continue
+        if node.op == "output" or node.target in _AUTOCAST or _writes(node):
             order += _scheduled(region)
             region = []
             order.append(node)
@@ -42,6 +50,10 @@ def schedule(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModul
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def is_collective(node: fx.Node) -> bool:
@@ -79,8 +91,8 @@ def _scheduled(region: Sequence[fx.Node]) -> list[fx.Node]:
                 rest.remove(first_wait)
             pending = rest
 
-    for start in (node for node in region if is_collective(node)):
-        emit(_needed(start, position.keys(), done))
+    for anchor in (node for node in region if is_collective(node) or node.target is _RING_STEP):
+        emit(_needed(anchor, position.keys(), done))
     emit(region)
     return order
 

@@ -12,6 +12,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils import flop_counter
 
+import paracompile.runtime.kernels  # noqa: F401  (registers attention_with_lse)
 from paracompile.layout.factors import Op
 
 aten = torch.ops.aten
@@ -101,5 +102,6 @@ _FORMULAS: dict[OpOverload[..., object], Callable[[Op], int]] = {
     aten.ger.default: _outer,
     aten.einsum.default: _einsum,
     aten.scaled_dot_product_attention.default: _attention,
+    torch.ops.paracompile.attention_with_lse.default: _attention,
     **dict.fromkeys(_CONVOLUTIONS, _convolution),
 }

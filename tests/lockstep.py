@@ -1,64 +1,105 @@
 """All ranks in one process, with real values: the graphs of P ranks interpreted side by side.
 
-The graphs are walked node by node together. An ordinary node runs once for each rank; at a collective the helper itself
-carries the values between the ranks. No process group, no gloo.
+Each rank's graph is interpreted up to its next collective; then the helper carries the values between the ranks of
+each group itself. No process group, no gloo. Groups are known by the names that `Ranks.simulated` gives them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from paracompile.mesh import Ranks
+
 c10d = torch.ops._c10d_functional
 
+Collective = tuple[Any, tuple[Any, ...]]
 
-def run_lockstep(graphs: Sequence[fx.GraphModule], inputs: Sequence[Sequence[Any]]) -> list[Any]:
-    """Runs graph r on inputs r for every rank r; the outputs by rank."""
-    nodes = [list(gm.graph.nodes) for gm in graphs]
-    assert len({len(of_rank) for of_rank in nodes}) == 1, "the ranks' graphs differ in length"
-    environments: list[dict[fx.Node, Any]] = [{} for _ in graphs]
-    placeholders = [iter(values) for values in inputs]
-    for together in zip(*nodes, strict=True):
-        assert len({(node.op, str(node.target)) for node in together if node.op == "call_function"}) <= 1
-        if together[0].op == "placeholder":
-            for environment, node, values in zip(environments, together, placeholders, strict=True):
-                environment[node] = next(values)
-            continue
-        arguments = [
-            fx.map_arg((node.args, node.kwargs), environment.__getitem__)
-            for node, environment in zip(together, environments, strict=True)
-        ]
-        if together[0].op == "output":
-            return [args[0] for args, _ in arguments]
-        if together[0].op == "get_attr":
-            results = [getattr(gm, node.target) for gm, node in zip(graphs, together, strict=True)]
-        elif together[0].target in _COLLECTIVES:
-            results = _COLLECTIVES[together[0].target]([args for args, _ in arguments])
+
+def run_lockstep(
+    graphs: Sequence[fx.GraphModule], inputs: Sequence[Sequence[Any]], sizes: dict[str, int] | None = None
+) -> list[Any]:
+    """Runs graph r on inputs r for every rank r; the outputs by rank.
+
+    args:
+        sizes: the mesh's sizes by axis; all ranks on the ulysses axis if left out.
+    """
+    sizes = sizes or {"ulysses": len(graphs)}
+    ranks = [Ranks.simulated(**sizes, rank=rank) for rank in range(len(graphs))]
+    runs = [_run(gm, values) for gm, values in zip(graphs, inputs, strict=True)]
+    outputs: list[Any] = [None] * len(runs)
+    waiting: list[Any] = [None] * len(runs)
+    while True:
+        asked: list[Collective] = []
+        for number, run in enumerate(runs):
+            try:
+                asked.append(run.send(waiting[number]))
+            except StopIteration as end:
+                outputs[number] = end.value
+        if not asked:
+            return outputs
+        assert len(asked) == len(runs), "some ranks ended while others wait in a collective"
+        assert len({(str(target), args[-1]) for target, args in asked}) == 1, "ranks are in different collectives"
+        target, group = asked[0][0], asked[0][1][-1]
+        for members in _groups(ranks, group):
+            results = _COLLECTIVES[target]([asked[member][1] for member in members])
+            for member, result in zip(members, results, strict=True):
+                waiting[member] = result
+
+
+def _run(gm: fx.GraphModule, inputs: Sequence[Any]) -> Generator[Collective, Any, Any]:
+    environment: dict[fx.Node, Any] = {}
+    values = iter(inputs)
+    for node in gm.graph.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), environment.__getitem__)
+        if node.op == "placeholder":
+            environment[node] = next(values)
+        elif node.op == "get_attr":
+            environment[node] = getattr(gm, node.target)
+        elif node.op == "output":
+            return args[0]
+        elif node.target is c10d.wait_tensor.default:
+            environment[node] = args[0]
+        elif node.target in _COLLECTIVES:
+            environment[node] = yield node.target, args
         else:
-            results = [node.target(*args, **kwargs) for node, (args, kwargs) in zip(together, arguments, strict=True)]
-        for environment, node, result in zip(environments, together, results, strict=True):
-            environment[node] = result
+            environment[node] = node.target(*args, **kwargs)
     raise AssertionError("a graph without an output")
+
+
+def _groups(ranks: Sequence[Ranks], group: str) -> list[list[int]]:
+    """The members of each group of this name, in the order of their ranks in it."""
+    apart = {
+        "ulysses": lambda rank: (rank.batch.rank, rank.ring.rank),
+        "ring": lambda rank: (rank.batch.rank, rank.ulysses.rank),
+        "sequence": lambda rank: rank.batch.rank,
+        "batch": lambda rank: rank.sequence_rank,
+        "all": lambda rank: 0,
+    }[group]
+    groups: dict[Any, list[int]] = {}
+    for number, rank in enumerate(ranks):
+        groups.setdefault(apart(rank), []).append(number)
+    return list(groups.values())
 
 
 def _all_to_all(arguments: list[Any]) -> list[torch.Tensor]:
     sent = [buffer.split(sizes) for buffer, _, sizes, _ in arguments]
     received = [torch.cat([parts[rank] for parts in sent]) for rank in range(len(arguments))]
-    for result, (_, arriving, _, _) in zip(received, arguments, strict=True):
-        assert sum(arriving) == len(result)
+    for rank, (_, arriving, _, _) in enumerate(arguments):
+        assert [len(parts[rank]) for parts in sent] == arriving
     return received
 
 
 def _all_gather(arguments: list[Any]) -> list[torch.Tensor]:
     gathered = torch.cat([buffer for buffer, _, _ in arguments])
+    assert len({buffer.shape for buffer, _, _ in arguments}) == 1
     return [gathered.clone() for _ in arguments]
 
 
 _COLLECTIVES = {
     c10d.all_to_all_single.default: _all_to_all,
     c10d.all_gather_into_tensor.default: _all_gather,
-    c10d.wait_tensor.default: lambda arguments: [args[0] for args in arguments],
 }

@@ -81,11 +81,11 @@ def choose(
         moved = sum(map(bytes_of, set(operation.operands))) + sum(map(bytes_of, operation.results))
         network.add_edge(cut, number, capacity=machine.work(flops(operation), moved, saved))
         attention = attentions.get(operation)
-        if attention is None or not exchanges(attention, places):
+        if attention is None:
             continue
         if attention.flops >= _MAIN_ATTENTION * heaviest:
             network.add_edge(cut, number, capacity=float("inf"))
-        else:
+        elif exchanges(attention, places):
             exchanged = [*operation.operands[:3], *operation.results]
             network.add_edge(number, whole, capacity=sum(machine.transfer(bytes_of(v) // ranks) for v in exchanged))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from paracompile.layout.factors import Factor, Place, Span, project, whole, within
 from paracompile.layout.graph import Operation, Value, shape_of
@@ -58,8 +59,13 @@ class Cut:
     results: tuple[Place, ...]
 
 
-def propagate(operations: Sequence[Operation], attentions: Iterable[Attention]) -> dict[Value, Place]:
-    """The place of the tokens in every value that they run through."""
+Seed = Literal["tokens", "batch"]
+
+
+def propagate(
+    operations: Sequence[Operation], attentions: Iterable[Attention], seed: Seed = "tokens"
+) -> dict[Value, Place]:
+    """The place of the tokens (or of the batch's rows, `seed="batch"`) in every value that they run through."""
     touching: dict[Value, list[tuple[Operation, int, bool]]] = defaultdict(list)
     for operation in operations:
         for slot, value in enumerate(operation.operands):
@@ -73,8 +79,10 @@ def propagate(operations: Sequence[Operation], attentions: Iterable[Attention]) 
         shape = shape_of(query)
         if query in places or len(shape) < 3:
             continue
-        places[query] = Place(len(shape) - 2, shape[-2])
-        reached = deque([query])
+        dim = len(shape) - 2 if seed == "tokens" else 0
+        result = attention.operation.results[0]  # also where no rule leads there: a causal one has none for its queries
+        places[query] = places[result] = Place(dim, shape[dim])
+        reached = deque([query, result])
         while reached:
             value = reached.popleft()
             for operation, slot, is_operand in touching[value]:

@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 from paracompile.layout.boundaries import Machine, choose
 from paracompile.layout.factors import Place, Rule, Shape
 from paracompile.layout.graph import Operation, Value, is_tensor, operations, value_of
-from paracompile.layout.places import Attention, Cut, accepts, cut_of, exchanges, propagate
+from paracompile.layout.places import Attention, Cut, Seed, accepts, cut_of, exchanges, propagate
 from paracompile.layout.segments import Lengths, Segments, find_segments
 
 
@@ -126,6 +126,7 @@ def make_plan(
     find_attentions: Callable[[Sequence[Operation]], Sequence[Attention]],
     flops: Callable[[Operation], int],
     ranks: int,
+    seed: Seed = "tokens",
     machine: Machine | None = None,
 ) -> Plan:
     """Analyses a normalised graph for `ranks` ranks that share its tokens.
@@ -136,11 +137,12 @@ def make_plan(
         find_attentions: the attentions among the operations.
         flops: an operation's multiply-add work.
         ranks: over how many ranks tokens are cut.
+        seed: "batch" cuts the rows of the batch instead of tokens.
         machine: what costs are weighed with.
     """
     all_operations = operations(graph, rule_for)
     attentions = {attention.operation: attention for attention in find_attentions(all_operations)}
-    places = propagate(all_operations, attentions.values())
+    places = propagate(all_operations, attentions.values(), seed)
     possible = {
         operation: cut
         for operation in all_operations

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -58,16 +58,22 @@ class Report:
 
 
 def report_of(
-    plan: Plan, local: fx.GraphModule, local_operations: list[Operation], flops: Callable[[Operation], int]
+    plans: Sequence[Plan],
+    ranks: int,
+    local: fx.GraphModule,
+    local_operations: Sequence[Operation],
+    flops: Callable[[Operation], int],
 ) -> Report:
     """The report of a sharded graph.
 
     args:
-        plan: the plan it was made from.
+        plans: the plans it was made from, one for each way of cutting, in order.
+        ranks: over how many ranks the work is shared in all.
         local: the graph that this rank runs.
         local_operations: the operations in it.
         flops: an operation's multiply-add work.
     """
+    plan = plans[-1]
     exchanged = [operation for operation in plan.attentions if plan.exchanged(operation)]
     collectives: Counter[str] = Counter()
     sent = 0
@@ -75,17 +81,17 @@ def report_of(
         kind = _collective(node)
         if kind is not None:
             collectives[kind] += 1
-            sent += _bytes_sent(kind, node, plan.shares.ranks)
+            sent += _bytes_sent(kind, node)
     return Report(
-        ranks=plan.shares.ranks,
+        ranks=ranks,
         attentions=len(exchanged),
         cross_attentions=sum(operation in plan.cuts for operation in plan.attentions) - len(exchanged),
         whole_attentions=sum(operation not in plan.cuts for operation in plan.attentions),
         collectives=dict(collectives),
         bytes_sent=sent,
-        flops_whole=sum(map(flops, plan.operations)),
+        flops_whole=sum(map(flops, plans[0].operations)),
         flops_rank=sum(map(flops, local_operations)),
-        notes=tuple(_notes(plan)),
+        notes=tuple(note for each in plans for note in _notes(each)),
     )
 
 
@@ -95,12 +101,15 @@ def _collective(node: fx.Node) -> str | None:
     return name if namespace == "_c10d_functional" and name != "wait_tensor" else None
 
 
-def _bytes_sent(kind: str, node: fx.Node, ranks: int) -> int:
+def _bytes_sent(kind: str, node: fx.Node) -> int:
     buffer: Any = node.args[0]
     tensor = buffer.meta["val"]
     size: int = tensor.numel() * tensor.element_size()
-    # all_to_all keeps a rank's own slice; all_gather sends the buffer to each of the others
-    return size * (ranks - 1) // ranks if kind == "all_to_all_single" else size * (ranks - 1)
+    if kind == "all_gather_into_tensor":
+        return size * (cast(int, node.args[1]) - 1)  # to each of the others
+    sizes = cast(list[int], node.args[2])  # a ring sends to one; an exchange keeps about a rank's own share
+    sent_on = sum(sizes) if 0 in sizes else sum(sizes) - sum(sizes) // len(sizes)
+    return size * sent_on // max(1, sum(sizes))
 
 
 def _notes(plan: Plan) -> list[str]:

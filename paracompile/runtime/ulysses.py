@@ -56,6 +56,8 @@ class Exchange:
 
 def tokens_to_heads(call: Call, x: Any, shape: Sequence[int], exchange: Exchange) -> Any:
     """From (*batch, all heads, own tokens, size), which is `shape`, to (*batch, own heads, all tokens, size)."""
+    if exchange.ranks == 1:
+        return x
     *batch, heads, tokens, size = shape
     rows, ranks, own = prod(batch), exchange.ranks, exchange.heads[exchange.rank]
     target = [*batch, own, sum(exchange.tokens), size]
@@ -79,6 +81,8 @@ def tokens_to_heads(call: Call, x: Any, shape: Sequence[int], exchange: Exchange
 
 def heads_to_tokens(call: Call, x: Any, shape: Sequence[int], exchange: Exchange) -> Any:
     """From (*batch, own heads, all tokens, size), which is `shape`, to (*batch, all heads, own tokens, size)."""
+    if exchange.ranks == 1:
+        return x
     *batch, own, tokens, size = shape
     rows, ranks, mine = prod(batch), exchange.ranks, exchange.tokens[exchange.rank]
     target = [*batch, sum(exchange.heads), mine, size]

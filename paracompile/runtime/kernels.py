@@ -1,0 +1,98 @@
+"""Local attention that also returns the log-sum-exp of each row, as merging partial results needs.
+
+One operator, `paracompile::attention_with_lse`. The kernel is chosen by device and arguments when it runs:
+
+    CUDA, no mask, half precision               flash, or cuDNN where PyTorch prefers it
+    CUDA, otherwise                             efficient (a mask as an additive bias)
+    CPU, no mask, values of the keys' size      PyTorch's flash kernel for the CPU
+    everything else                             float32 arithmetic, below
+
+No kernel ever sees an empty tensor, and a row that sees no key has the result 0 and the LSE -inf.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("paracompile::attention_with_lse", mutates_args=())
+def attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of (*batch, heads, queries, size) and its LSE in float32, (*batch, heads, queries).
+
+    args:
+        key, value: (*batch, key heads, keys, size); the key heads divide the heads (grouped-query attention).
+        mask: boolean (True: sees) or additive, broadcastable to (*batch, heads, queries, keys).
+        scale: of the scores; 1/sqrt(size) if None.
+    """
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    *batch, heads, queries, _ = query.shape
+    shape = (*batch, heads, queries, value.shape[-1])
+    if key.shape[-2] == 0 or math.prod(shape) == 0:
+        return query.new_zeros(shape), query.new_full(shape[:-1], -math.inf, dtype=torch.float32)
+    if key.shape[-3] != heads:
+        key, value = (part.repeat_interleave(heads // part.shape[-3], dim=-3) for part in (key, value))
+    query, key, value = (part.reshape(-1, *part.shape[-3:]) for part in (query, key, value))
+    if mask is not None:
+        mask = mask.expand(*batch, heads, queries, key.shape[-2]).reshape(-1, heads, queries, key.shape[-2])
+    kernel = _cuda if query.device.type == "cuda" else _cpu if query.device.type == "cpu" else reference
+    result, lse = kernel(query, key, value, mask, scale)
+    return result.reshape(shape).contiguous(), lse.reshape(shape[:-1]).contiguous()
+
+
+@attention_with_lse.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
+    shape = (*query.shape[:-1], value.shape[-1])
+    return query.new_empty(shape), query.new_empty(shape[:-1], dtype=torch.float32)
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The definition, in float32 (float64 for double inputs)."""
+    kind = torch.float64 if query.dtype is torch.float64 else torch.float32
+    scores = query.to(kind) @ key.to(kind).transpose(-2, -1) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.unsqueeze(-1)).exp().masked_fill((lse == -math.inf).unsqueeze(-1), 0.0)
+    return (weights @ value.to(kind)).to(query.dtype), lse.float()
+
+
+def _cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    if mask is not None or value.shape[-1] != key.shape[-1]:
+        return reference(query, key, value, mask, scale)
+    result, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+    # The kernel's LSE is (batch, heads, queries) in meaning, whatever its strides.
+    return result, lse.float()
+
+
+def _cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    if mask is not None and mask.dtype is torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
+    chosen = SDPBackend(torch._fused_sdp_choice(query, key, value, mask, 0.0, False, scale=scale))
+    queries = query.shape[-2]
+    if chosen is SDPBackend.FLASH_ATTENTION:
+        result, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
+    elif chosen is SDPBackend.CUDNN_ATTENTION and mask is None:
+        result, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, scale=scale)
+        lse = lse.reshape(*lse.shape[:2], -1)
+    elif chosen in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        bias = None if mask is None else _aligned(mask.to(query.dtype))
+        result, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scale)
+        if mask is not None:
+            lse = lse[..., :queries].masked_fill((mask == -math.inf).all(-1), -math.inf)
+    else:
+        return reference(query, key, value, mask, scale)
+    return result, lse[..., :queries].float()  # kernels pad the LSE to their block size
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    """The efficient kernel wants rows of a bias to start at multiples of 16 elements."""
+    keys = bias.shape[-1]
+    return torch.nn.functional.pad(bias, (0, -keys % 16))[..., :keys]
