@@ -22,9 +22,10 @@ __all__ = ["GraphError", "OptionError", "ParacompileError", "RankError", "module
 
 _TORCH_FOLDER = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n[ \t]*(?P<code>[^\n]*)')
-# Dynamo's own spellings of an access: L['self'].blocks.0, L['self']._modules['blocks']._modules['0'], G['m'].blocks[0].
+# Dynamo's own spellings of an access: L['self'].blocks.0, L['self']._modules['blocks']._modules['0'], G['m'].blocks[0],
+# and where a model has its own __getattr__ (all of diffusers') L['self'].__dict__['_modules']['blocks'].0.
 _ROOT = re.compile(r"^[LG]\[(?:'[^']*'|\"[^\"]*\")\]")
-_KEYED = re.compile(r"(?:\._modules)?\[['\"]?(?P<key>[^'\"\]]+)['\"]?\]")
+_KEYED = re.compile(r"(?:\.__dict__\['_modules'\]|\._modules)?\[['\"]?(?P<key>[^'\"\]]+)['\"]?\]")
 _VALUE_LIMIT = 200
 
 

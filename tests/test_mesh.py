@@ -117,20 +117,27 @@ def test_named_meshes(world: Callable[[int, int], None]) -> None:
     assert Ranks.from_mesh(spare).members == (0, 1, 2, 3)
 
 
-def test_members_are_in_the_order_of_the_axes(world: Callable[[int, int], None]) -> None:
+def test_two_axes_share_a_sequence(world: Callable[[int, int], None]) -> None:
     world(4, 1)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ulysses", "ring"))
-    ranks = Ranks._from_axes(mesh)  # what from_mesh returns once ring is taken
-    assert ranks.members == (0, 2, 1, 3)
-    assert ranks.members[ranks.sequence_rank] == 1
+    mesh = init_mesh("cpu", max_ring_dim_size=2)
+    ranks = Ranks.from_mesh(mesh)
+    assert (ranks.ring.size, ranks.ulysses.size, ranks.sequence.size, ranks.sequence.rank) == (2, 2, 4, 1)
+    assert ranks.members == (0, 1, 2, 3)
+    assert ranks.sequence_group == ranks.group != ranks.ulysses.group
+    assert Ranks.from_mesh(mesh) == ranks  # read again, no new groups
+
+
+def test_the_batch_axis_is_no_part_of_the_sequence(world: Callable[[int, int], None]) -> None:
+    world(4, 3)
+    ranks = Ranks.from_mesh(init_mesh("cpu", max_batch_dim_size=2))
+    assert (ranks.batch.rank, ranks.sequence.size, ranks.sequence.rank) == (1, 2, 1)
+    assert ranks.sequence_group == ranks.ulysses.group != ranks.group
 
 
 def test_meshes_that_are_refused(world: Callable[[int, int], None]) -> None:
     world(4, 1)
-    for names in (("ulysses", "ring"), ("batch", "ulysses")):
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
-        with pytest.raises(OptionError, match="this version shards over ulysses only"):
-            Ranks.from_mesh(mesh)
+    with pytest.raises(OptionError, match="in the order"):
+        Ranks.from_mesh(init_device_mesh("cpu", (2, 2), mesh_dim_names=("ulysses", "ring")))
     with pytest.raises(OptionError, match=r"'data', 'model'.*\"batch\", \"ring\", \"ulysses\""):
         Ranks.from_mesh(init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model")))
     with pytest.raises(OptionError, match=r"does not shard over: 'data'.*mesh\['ulysses'\]"):

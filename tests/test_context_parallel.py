@@ -1,0 +1,429 @@
+"""Context parallelism: every rank's result is the whole model's, with just so many collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import (
+    BATCH,
+    HEADS,
+    IMAGE,
+    SIZE,
+    TEXT,
+    WIDTH,
+    CrossAttention,
+    Joint,
+    SelfAttention,
+    Transformer,
+    assert_sharded,
+    count,
+    draw,
+    heads,
+    image_tokens,
+    merge,
+    randomise,
+    shard,
+    text_tokens,
+)
+from torch import Tensor, nn
+
+from paracompile.errors import GraphError
+
+ALL = IMAGE + TEXT
+
+
+class Attend(nn.Module):
+    """Attention of projected heads, with whatever else attention takes."""
+
+    def __init__(self, queries: int = HEADS, keys: int = HEADS, values: int = SIZE, **how: Any) -> None:
+        super().__init__()
+        self.counts = queries, keys
+        self.to_q, self.to_k = nn.Linear(WIDTH, queries * SIZE), nn.Linear(WIDTH, keys * SIZE)
+        self.to_v = nn.Linear(WIDTH, keys * values)
+        self.how = how
+
+    def forward(self, x: Tensor, **how: Any) -> Tensor:
+        queries, keys = self.counts
+        q, k, v = heads(self.to_q(x), queries), heads(self.to_k(x), keys), heads(self.to_v(x), keys)
+        return merge(F.scaled_dot_product_attention(q, k, v, **self.how, **how))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_self_attention_takes_four_exchanges_and_the_output_one_gather(depth: int, ranks: int) -> None:
+    sharded = assert_sharded(randomise(Transformer(depth)), [image_tokens()], ranks)
+    assert sharded.collectives == {"all_to_all_single": 4 * depth, "all_gather_into_tensor": 1}
+    assert sharded.report.attentions == depth
+    assert sharded.share == 1 / ranks
+    assert sharded.report.notes == ()
+
+
+class WithText(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.cross, self.out = SelfAttention(), CrossAttention(20), nn.Linear(WIDTH, 10)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return self.out(x + self.cross(x, text))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_cross_attention_sends_nothing(ranks: int) -> None:
+    sharded = assert_sharded(randomise(WithText()), [image_tokens(WIDTH), text_tokens(20)], ranks)
+    assert sharded.collectives == {"all_to_all_single": 4, "all_gather_into_tensor": 1}
+    assert (sharded.report.attentions, sharded.report.cross_attentions) == (1, 1)
+
+
+def test_cross_attention_alone_needs_the_last_gather_only() -> None:
+    sharded = assert_sharded(randomise(CrossAttention(20)), [image_tokens(WIDTH), text_tokens(20)])
+    assert sharded.collectives == {"all_gather_into_tensor": 1}
+    assert (sharded.report.attentions, sharded.report.cross_attentions) == (0, 1)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("text_first", [True, False])
+def test_joint_attention_of_text_and_image(text_first: bool, ranks: int) -> None:
+    model = randomise(Joint(text_first=text_first))
+    sharded = assert_sharded(model, [image_tokens(WIDTH), text_tokens()], ranks)
+    assert sharded.collectives["all_to_all_single"] == 4
+
+
+# Masks
+
+MASKS = {
+    "queries x keys": (lambda s: (s, s)),
+    "batch": (lambda s: (BATCH, 1, s, s)),
+    "batch and heads": (lambda s: (BATCH, HEADS, s, s)),
+    "heads": (lambda s: (HEADS, s, s)),
+    "key padding": (lambda s: (BATCH, 1, 1, s)),
+    "key padding, no batch": (lambda s: (1, s)),
+    "per query": (lambda s: (BATCH, HEADS, s, 1)),
+}
+
+
+def mask_of(shape: tuple[int, ...], boolean: bool) -> Tensor:
+    """Hides about a third; every query sees the first key of text and of image, and a key that all see."""
+    mask = draw(*shape, seed=5)
+    if not boolean:
+        return mask * 3
+    mask = mask < 0.5
+    mask[..., :2] = True
+    return mask
+
+
+class JoinedFirst(nn.Module):
+    """Text and image, joined before attention: two segments in one sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text, self.out = nn.Linear(10, WIDTH), nn.Linear(14, WIDTH), nn.Linear(WIDTH, 10)
+        self.attention = SelfAttention()
+
+    def forward(self, image: Tensor, text: Tensor, **how: Any) -> Tensor:
+        x = torch.cat([self.text(text), self.image(image)], dim=1)
+        x = x + self.attention(x, **how)
+        return self.out(x[:, text.shape[1] :])
+
+
+def masked(model: nn.Module) -> Callable[..., Tensor]:
+    return lambda *inputs: model(*inputs[:-1], attn_mask=inputs[-1])
+
+
+@pytest.mark.parametrize("boolean", [True, False], ids=["boolean", "additive"])
+@pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS.keys())
+def test_masks_over_one_segment(shape: Callable[[int], tuple[int, ...]], boolean: bool) -> None:
+    inputs = [image_tokens(WIDTH), mask_of(shape(IMAGE), boolean)]
+    sharded = assert_sharded(masked(randomise(SelfAttention())), inputs, 3)
+    assert sharded.collectives["all_to_all_single"] == 4
+
+
+@pytest.mark.parametrize("boolean", [True, False], ids=["boolean", "additive"])
+@pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS.keys())
+def test_masks_over_two_segments(shape: Callable[[int], tuple[int, ...]], boolean: bool) -> None:
+    inputs = [image_tokens(), text_tokens(14), mask_of(shape(ALL), boolean)]
+    sharded = assert_sharded(masked(randomise(JoinedFirst())), inputs, 3)
+    assert sharded.collectives["all_to_all_single"] == 4
+
+
+@pytest.mark.parametrize("boolean", [True, False], ids=["boolean", "additive"])
+@pytest.mark.parametrize(
+    "shape", [(IMAGE, TEXT), (BATCH, 1, 1, TEXT), (BATCH, HEADS, IMAGE, TEXT), (BATCH, 1, IMAGE, 1)], ids=str
+)
+def test_masks_of_cross_attention(shape: tuple[int, ...], boolean: bool) -> None:
+    inputs = [image_tokens(WIDTH), text_tokens(20), mask_of(shape, boolean)]
+    sharded = assert_sharded(masked(randomise(CrossAttention(20))), inputs, 2)
+    assert "all_to_all_single" not in sharded.collectives
+
+
+def test_a_mask_that_is_made_inside_from_token_values() -> None:
+    model = randomise(JoinedFirst())
+
+    def from_padding(image: Tensor, text: Tensor, seen: Tensor) -> Tensor:
+        keys = torch.cat([seen, seen.new_ones(BATCH, IMAGE)], dim=1)
+        return model(image, text, attn_mask=(keys[:, None] & keys[:, :, None])[:, None])
+
+    seen = torch.arange(TEXT) < torch.tensor([7, 19])[:, None]
+    assert_sharded(from_padding, [image_tokens(), text_tokens(14), seen], 2, tolerance=1e-5)
+
+
+def test_one_mask_shared_by_attentions_is_put_in_order_once() -> None:
+    one, two = randomise(SelfAttention()), randomise(SelfAttention(), seed=1)
+
+    def model(image: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        x = torch.cat([text, image], dim=1)
+        return two(one(x, attn_mask=mask), attn_mask=mask)[:, TEXT:]
+
+    inputs = [image_tokens(WIDTH), text_tokens(), mask_of((BATCH, HEADS, ALL, ALL), True)]
+    sharded = assert_sharded(model, inputs, 2)
+    used = [node.args[3] for node in sharded.graphs[0].graph.nodes if "scaled_dot" in str(node.target)]
+    assert len(used) == 2
+    assert used[0] is used[1]
+
+
+# Other forms of attention
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_causal_over_one_segment(residual: bool) -> None:
+    model = randomise(Attend(is_causal=True))
+    sharded = assert_sharded(lambda x: model(x) + x * residual, [image_tokens(WIDTH)], 3)
+    assert sharded.report.attentions == 1
+    assert sharded.share < 0.34
+
+
+def test_causal_over_two_segments() -> None:
+    """The tokens arrive out of order, and the causal mask follows them."""
+    model = randomise(JoinedFirst())
+    inputs = [image_tokens(), text_tokens(14)]
+    assert_sharded(lambda image, text: model(image, text, is_causal=True), inputs, 2)
+
+
+@pytest.mark.parametrize("side", ["queries", "keys"])
+def test_causal_with_one_side_joined_of_two_segments(side: str) -> None:
+    model = randomise(Attend())
+
+    def call(image: Tensor, text: Tensor) -> Tensor:
+        joined = torch.cat([text, image], dim=1)
+        x, y = (joined, image) if side == "queries" else (image, joined)
+        q, k, v = heads(model.to_q(x)), heads(model.to_k(y)), heads(model.to_v(y))
+        return merge(F.scaled_dot_product_attention(q, k, v, is_causal=True)) + x
+
+    assert_sharded(call, [image_tokens(WIDTH), text_tokens()], 2)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("how", [{}, {"is_causal": True}], ids=["plain", "causal"])
+def test_grouped_queries(how: dict[str, Any], ranks: int) -> None:
+    model = randomise(Attend(queries=24, keys=12 if ranks == 2 else 8, enable_gqa=True, **how))
+    assert assert_sharded(model, [image_tokens(WIDTH)], ranks).collectives["all_to_all_single"] == 4
+
+
+def test_grouped_queries_with_a_mask_for_each_head() -> None:
+    model = randomise(Attend(queries=24, keys=12, enable_gqa=True))
+    mask = mask_of((BATCH, 24, IMAGE, IMAGE), False)
+    assert_sharded(masked(model), [image_tokens(WIDTH), mask], 3)
+
+
+def test_values_of_another_size() -> None:
+    assert_sharded(randomise(Attend(values=5)), [image_tokens(WIDTH)], 3)
+
+
+def test_a_scale_is_kept() -> None:
+    assert_sharded(randomise(Attend(scale=0.9)), [image_tokens(WIDTH)], 2)
+
+
+def test_queries_of_three_dimensions() -> None:
+    model = randomise(Attend())
+
+    def merged(x: Tensor) -> Tensor:
+        q, k, v = (heads(to(x)).flatten(0, 1) for to in (model.to_q, model.to_k, model.to_v))
+        return merge(F.scaled_dot_product_attention(q, k, v).unflatten(0, (BATCH, HEADS)))
+
+    assert assert_sharded(merged, [image_tokens(WIDTH)], 3).collectives["all_to_all_single"] == 4
+
+
+def test_one_head_left_for_each_rank() -> None:
+    assert_sharded(randomise(Attend(queries=4, keys=4)), [image_tokens(WIDTH)], 4)
+
+
+def test_two_batch_dimensions_before_the_heads() -> None:
+    model = randomise(Attend())
+
+    def doubled(x: Tensor) -> Tensor:
+        q, k, v = (heads(to(x)).unflatten(0, (BATCH, 1)) for to in (model.to_q, model.to_k, model.to_v))
+        return merge(F.scaled_dot_product_attention(q, k, v).flatten(0, 1))
+
+    assert_sharded(doubled, [image_tokens(WIDTH)], 2)
+
+
+# What is refused
+
+
+def test_dropout_in_attention_is_refused() -> None:
+    with pytest.raises(GraphError, match="random numbers") as caught:
+        shard(randomise(Attend(dropout_p=0.1)), [image_tokens(WIDTH)])
+    assert "test_context_parallel.py" in str(caught.value)
+    assert "scaled_dot_product_attention" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        lambda x: x + torch.rand_like(x),
+        lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)),
+        lambda x: x + torch.randn(IMAGE, 1),
+        lambda x: F.dropout(x, 0.1, training=True),
+        lambda x: x[:, torch.randperm(IMAGE)],
+        lambda x: x + torch.empty_like(x).normal_(),
+    ],
+    ids=["rand_like", "bernoulli", "randn", "dropout", "randperm", "normal_"],
+)
+def test_random_numbers_inside_the_model_are_refused(noise: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(GraphError, match="random numbers") as caught:
+        shard(randomise(Transformer(middle=noise)), [image_tokens()])
+    assert "test_context_parallel.py" in str(caught.value)
+    assert "lambda x" in str(caught.value)
+
+
+def test_dropout_of_a_model_that_evaluates_is_nothing() -> None:
+    model = randomise(Transformer(middle=nn.Dropout(0.5)))
+    assert "dropout" not in " ".join(count(assert_sharded(model, [image_tokens()]).graphs[0]))
+
+
+def test_a_graph_without_attention_is_refused() -> None:
+    with pytest.raises(GraphError, match="no scaled_dot_product_attention") as caught:
+        shard(nn.Linear(10, 10), [image_tokens()])
+    assert "set_attention_backend" in str(caught.value)
+
+
+def test_attention_over_a_dimension_that_is_no_token_dimension_is_refused() -> None:
+    with pytest.raises(GraphError, match="cannot be cut"):
+        shard(lambda q: F.scaled_dot_product_attention(q, q, q), [draw(IMAGE, SIZE)])
+
+
+# Inputs and outputs
+
+
+def outputs_of(kind: str, x: Tensor, y: Tensor) -> Any:
+    return {
+        "tuple": (x, y),
+        "dict": {"sample": x, "other": (y, None, 3)},
+        "list with a repeated value": [x, x, y],
+        "a value that is also used": (x, x * 2 + y),
+        "a view of another": (x, x[:, :12], x.transpose(1, 2)),
+        "an input": (x, y, x + y),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["tuple", "dict", "list with a repeated value", "a value that is also used", "a view of another", "an input"],
+)
+def test_outputs(kind: str) -> None:
+    model = randomise(Transformer(out=WIDTH))
+    inner = randomise(SelfAttention())
+
+    def call(x: Tensor) -> Any:
+        x = model(x)
+        return outputs_of(kind, x, inner(x))
+
+    assert_sharded(call, [image_tokens()], 2)
+
+
+def test_an_input_that_is_returned_unchanged() -> None:
+    model = randomise(Transformer())
+
+    def call(x: Tensor, y: Tensor) -> Any:
+        return model(x), y, x
+
+    assert_sharded(call, [image_tokens(), text_tokens()], 2)
+
+
+def test_numbers_and_flags_among_the_inputs() -> None:
+    model = randomise(Transformer())
+
+    def call(x: Tensor, factor: float, count: int, flag: bool, nothing: None) -> Any:
+        return model(x) * factor + count if flag and nothing is None else x
+
+    assert_sharded(call, [image_tokens(), 0.5, 3, True, None], 2)
+
+
+def test_inputs_with_odd_strides() -> None:
+    x = draw(IMAGE, BATCH, 20).transpose(0, 1)[..., ::2]
+    assert_sharded(randomise(Transformer()), [x], 3)
+
+
+def mutating(read: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    model = randomise(SelfAttention())
+
+    def call(x: Tensor) -> Tensor:
+        result = read(model(x), x)
+        x.mul_(3)
+        return result
+
+    return call
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda attended, x: attended + x,
+        lambda attended, x: attended.flip(1) + x,
+        lambda attended, x: attended.flip(1) + x[:, :5].sum(1, keepdim=True),
+        lambda attended, x: torch.cat([attended, x[:, :12]], dim=1),
+    ],
+    ids=["cut", "whole", "view", "joined"],
+)
+def test_a_mutated_input_is_overwritten_after_its_last_use(
+    read: Callable[[Tensor, Tensor], Tensor], ranks: int
+) -> None:
+    """The old value is still wanted behind the exchanges: it may not be overwritten while they run."""
+    call = mutating(read)
+    x, other = image_tokens(WIDTH), image_tokens(WIDTH)
+    with torch.no_grad():
+        expected = call(other)
+    sharded = shard(call, [x], ranks)
+    torch.testing.assert_close(sharded.result, expected)
+    torch.testing.assert_close(x, other)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_buffer_that_is_updated_from_tokens(ranks: int) -> None:
+    """Every rank writes the whole new value."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = SelfAttention()
+            self.register_buffer("seen", torch.zeros(IMAGE, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.attention(x)
+            self.seen += x.mean(0)
+            return x
+
+    model, eager = randomise(Counting()), randomise(Counting())
+    x = image_tokens(WIDTH)
+    torch.testing.assert_close(shard(model, [x], ranks).result, eager(x))
+    torch.testing.assert_close(model.seen, eager.seen)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    sharded = assert_sharded(randomise(Transformer()).to(dtype), [image_tokens().to(dtype)], 2, tolerance=0.03)
+    assert sharded.result.dtype is dtype
+
+
+def test_every_rank_runs_the_same_collectives_in_the_same_order() -> None:
+    sharded = assert_sharded(randomise(JoinedFirst()), [image_tokens(), text_tokens(14)], 4)
+    orders = [[str(node.target) for node in gm.graph.nodes if "c10d" in str(node.target)] for gm in sharded.graphs]
+    assert orders.count(orders[0]) == 4
