@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch._guards import CompileContext
 from torch._inductor import list_mode_options
@@ -19,6 +20,7 @@ from paracompile.mesh import Ranks
 from paracompile.options import Options
 from paracompile.passes import pipeline, run_passes
 from paracompile.passes.context_parallel import flops_of
+from paracompile.passes.drop_masked_keys import attends_to_visible
 from paracompile.patterns.rules import rule_for
 from paracompile.report.dump import Dump
 from paracompile.report.report import Report, report_of
@@ -45,7 +47,7 @@ def paracompile(
 ) -> Compiled:
     """The backend: `torch.compile(model, backend="paracompile", options=options)`; see `Options` for the options.
 
-    On one rank the graph goes to the compiler as it is. On several it is sharded first, and all ranks agree on the
+    On one rank the graph goes to the compiler as it is, unless attention masks in it only hide keys. On several it is sharded first, and all ranks agree on the
     graph, the options and the plan before any of them runs a collective.
 
     raises:
@@ -58,6 +60,9 @@ def paracompile(
     dump = Dump(chosen.dump, _compile_name(), ranks.sequence_rank)
     dump("captured", gm)
     if ranks.is_single:
+        if chosen.drop_masked_keys and _has_masks(gm) and not _wants_gradients(gm, example_inputs):
+            rewritten = run_passes(gm, example_inputs, pipeline(ranks), after=dump)
+            gm = rewritten if attends_to_visible(rewritten) else gm
         compiled = _compile(gm, example_inputs, chosen, {})
         if chosen.report is not None:
             chosen.report(Report(ranks=1))
@@ -74,7 +79,9 @@ def paracompile(
             dump(name, graph)
 
         facts["options"] = chosen.fingerprint()
-        local = run_passes(gm, example_inputs, pipeline(ranks, planned=plans.append), after=after)
+        local = run_passes(
+            gm, example_inputs, pipeline(ranks, planned=plans.append, drop_keys=chosen.drop_masked_keys), after=after
+        )
         facts["plan"] = "\n".join(map(describe, plans))
     with agreement.stage("compile"):
         compiled = _compile(local, example_inputs, chosen, _OVERLAP)
@@ -126,14 +133,28 @@ def _is_static(node: fx.Node) -> bool:
     return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
 
 
-def _check_gradients(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+def _has_masks(gm: fx.GraphModule) -> bool:
+    """Whether any attention of Dynamo's graph has a mask: a glance that spares all other models the passes."""
+    return any(
+        node.target is F.scaled_dot_product_attention
+        and (len(node.args) > 3 or node.kwargs.get("attn_mask") is not None)
+        for node in gm.graph.nodes
+    )
+
+
+def _wants_gradients(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str]:
+    """The inputs that gradients are wanted of."""
     if not torch.is_grad_enabled():
-        return
-    wanted = [
+        return []
+    return [
         node.name
         for (_, node), value in zip(_placeholders(gm), example_inputs, strict=True)
         if isinstance(value, torch.Tensor) and value.requires_grad
     ]
+
+
+def _check_gradients(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    wanted = _wants_gradients(gm, example_inputs)
     if wanted:
         others = f" and {len(wanted) - 1} more inputs" if wanted[1:] else ""
         raise ParacompileError(

@@ -121,7 +121,8 @@ def shard(of: Captured, ranks: int) -> Sharded:
         for rank in range(ranks)
     ]
     reports = [
-        report_of([plan], ranks, gm, operations(gm.graph, rule_for), flops_of) for plan, gm in zip(plans, graphs, strict=True)
+        report_of([plan], ranks, gm, operations(gm.graph, rule_for), flops_of)
+        for plan, gm in zip(plans, graphs, strict=True)
     ]
     return Sharded(graphs, plans, reports)
 
