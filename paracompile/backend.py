@@ -29,16 +29,17 @@ from paracompile.runtime.inputs import InputAgreement
 
 Compiled = Callable[..., Any]
 
-# Inductor keeps the order in which collectives are written; these let it move their starts up and their waits down as
-# well. The flag alone does nothing: the list of passes is empty by default. Ordering for peak memory afterwards would
-# undo it.
+# The graph comes in the order wanted (`schedule`): starts early, waits late, the same collectives in the same order on
+# every rank. Inductor would undo it thrice. Its passes for locality and for peak memory move work to where its value is
+# read or freed, so that nothing is left to run under an exchange; and "reorder_communication_preserving_peak_memory",
+# which its config recommends, may exchange collectives with each other by this rank's memory
+# (config_comms.reorder_iterative_unsafe_collectives_reorder is on; seen on Wan: k, q, v), so that ranks with uneven
+# shares could meet in different ones. Sinking waits never passes a collective.
 _OVERLAP = {
+    "reorder_for_locality": False,
+    "reorder_for_peak_memory": False,
     "reorder_for_compute_comm_overlap": True,
-    "reorder_for_compute_comm_overlap_passes": [
-        "reorder_communication_preserving_peak_memory",
-        "sink_waits_iterative",
-        "reorder_communication_preserving_peak_memory",
-    ],
+    "reorder_for_compute_comm_overlap_passes": ["sink_waits_iterative"],
 }
 
 

@@ -81,6 +81,8 @@ class UnifiedAttention:
         arguments = _arguments(attention)
         query, key, value = (received[slot] for slot in (attention.query, attention.key, attention.value))
         ring = Ring(self.ranks.ring.group, self.ranks.ring.rank, self._tokens_of_rings(keys))
+        if mask is not None and mask.meta["val"].shape[-1] == 1:  # one column for all keys: a ring takes it apart
+            mask = sharder.write(aten.expand.default, mask, [*mask.meta["val"].shape[:-1], sum(ring.tokens)])
         result: fx.Node = ring_attention(
             sharder.write,
             query,

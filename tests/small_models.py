@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Sharded:
     attributes:
         captured: Dynamo's graph.
         normalised: the graph after the pass `normalise`.
-        plan: rank 0's plan.
+        plan: rank 0's plan; of the tokens, where a batch axis has one of its own.
         graphs: the last graph, by rank.
         result: what the model returns on rank 0, put together by Dynamo.
         outputs: the graph's outputs, by rank.
@@ -101,12 +102,27 @@ def normalised(model: Callable[..., Any], *inputs: Any, grad: bool = False) -> f
     return graph
 
 
-def shard(model: Callable[..., Any], inputs: Sequence[Any], ranks: int = 2) -> Sharded:
+Mesh = int | Mapping[str, int]
+"""Sizes by axis, as {"ring": 2, "ulysses": 2}; a number stands for so many ranks on the ulysses axis."""
+
+
+def mesh_sizes(mesh: Mesh) -> dict[str, int]:
+    return {"ulysses": mesh} if isinstance(mesh, int) else dict(mesh)
+
+
+def mesh_name(mesh: Mesh) -> str:
+    """The mesh as a test's id: "ring2-ulysses2"."""
+    return "-".join(f"{axis}{size}" for axis, size in mesh_sizes(mesh).items())
+
+
+def shard(model: Callable[..., Any], inputs: Sequence[Any], mesh: Mesh = 2) -> Sharded:
     """Shards a model over simulated ranks and runs them all."""
     kept: list[Sharded] = []
+    sizes = mesh_sizes(mesh)
+    ranks = prod(sizes.values())
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        plans: list[Plan] = []
+        plans: list[list[Plan]] = [[] for _ in range(ranks)]
         after_normalise: list[fx.GraphModule] = []
 
         def after(name: str, graph: fx.GraphModule) -> None:
@@ -117,18 +133,18 @@ def shard(model: Callable[..., Any], inputs: Sequence[Any], ranks: int = 2) -> S
             run_passes(
                 gm,
                 example_inputs,
-                pipeline(Ranks.simulated(ulysses=ranks, rank=rank), planned=plans.append),
+                pipeline(Ranks.simulated(**sizes, rank=rank), planned=plans[rank].append),
                 after=after,
             )
             for rank in range(ranks)
         ]
-        report = report_of(plans[:1], ranks, graphs[0], operations(graphs[0].graph, rule_for), flops_of)
-        found = Sharded(gm, after_normalise[0], plans[0], graphs, report)
+        report = report_of(plans[0], ranks, graphs[0], operations(graphs[0].graph, rule_for), flops_of)
+        found = Sharded(gm, after_normalise[0], plans[0][-1], graphs, report)
         kept.append(found)
 
         def run(*args: Any) -> Any:
             others = [pytree.tree_map_only(Tensor, Tensor.clone, args) for _ in range(1, ranks)]
-            found.outputs = run_lockstep(graphs, [args, *others])
+            found.outputs = run_lockstep(graphs, [args, *others], sizes)
             return found.outputs[0]
 
         return run
@@ -140,13 +156,13 @@ def shard(model: Callable[..., Any], inputs: Sequence[Any], ranks: int = 2) -> S
 
 
 def assert_sharded(
-    model: Callable[..., Any], inputs: Sequence[Any], ranks: int = 2, *, tolerance: float = 2e-6
+    model: Callable[..., Any], inputs: Sequence[Any], mesh: Mesh = 2, *, tolerance: float = 2e-6
 ) -> Sharded:
     """Shards a model, and asserts that every rank's result is that of the eager model, and its inputs as before."""
     before = pytree.tree_map_only(Tensor, Tensor.clone, list(inputs))
     with torch.no_grad():
         expected = model(*before)
-    sharded = shard(model, inputs, ranks)
+    sharded = shard(model, inputs, mesh)
     close(sharded.result, expected, tolerance)
     for output in sharded.outputs[1:]:
         close(output, sharded.outputs[0], 0.0)
@@ -163,7 +179,8 @@ def close(found: Any, expected: Any, tolerance: float = 2e-6) -> None:
         if not isinstance(other, Tensor):
             assert one == other
             continue
-        largest = float(other.abs().max()) if other.numel() and other.dtype != torch.bool else 0.0
+        finite = other[other.isfinite()] if other.dtype != torch.bool else other[:0]
+        largest = float(finite.abs().max()) if finite.numel() else 0.0
         torch.testing.assert_close(one, other, rtol=0.0, atol=tolerance * max(largest, 1.0))
 
 

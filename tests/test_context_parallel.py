@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,14 +17,18 @@ from small_models import (
     WIDTH,
     CrossAttention,
     Joint,
+    Mesh,
     SelfAttention,
     Transformer,
     assert_sharded,
+    close,
     count,
     draw,
     heads,
     image_tokens,
     merge,
+    mesh_name,
+    mesh_sizes,
     randomise,
     shard,
     text_tokens,
@@ -34,6 +38,9 @@ from torch import Tensor, nn
 from paracompile.errors import GraphError
 
 ALL = IMAGE + TEXT
+
+ONE_AXIS: list[Mesh] = [{"ulysses": 2}, {"ring": 2}, {"ring": 3}, {"batch": 2}]
+TWO_AXES: list[Mesh] = [{"ring": 2, "ulysses": 2}, {"batch": 2, "ulysses": 2}, {"batch": 2, "ring": 2}]
 
 
 class Attend(nn.Module):
@@ -107,22 +114,23 @@ MASKS = {
 
 
 def mask_of(shape: tuple[int, ...], boolean: bool) -> Tensor:
-    """Hides about a third; every query sees the first key of text and of image, and a key that all see."""
+    """Hides about a third, but never the first of several keys."""
     mask = draw(*shape, seed=5)
     if not boolean:
         return mask * 3
     mask = mask < 0.5
-    mask[..., :2] = True
+    if shape[-1] > 1:
+        mask[..., 0] = True
     return mask
 
 
 class JoinedFirst(nn.Module):
     """Text and image, joined before attention: two segments in one sequence."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = HEADS) -> None:
         super().__init__()
         self.image, self.text, self.out = nn.Linear(10, WIDTH), nn.Linear(14, WIDTH), nn.Linear(WIDTH, 10)
-        self.attention = SelfAttention()
+        self.attention = SelfAttention(number=number)
 
     def forward(self, image: Tensor, text: Tensor, **how: Any) -> Tensor:
         x = torch.cat([self.text(text), self.image(image)], dim=1)
@@ -132,14 +140,6 @@ class JoinedFirst(nn.Module):
 
 def masked(model: nn.Module) -> Callable[..., Tensor]:
     return lambda *inputs: model(*inputs[:-1], attn_mask=inputs[-1])
-
-
-@pytest.mark.parametrize("boolean", [True, False], ids=["boolean", "additive"])
-@pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS.keys())
-def test_masks_over_one_segment(shape: Callable[[int], tuple[int, ...]], boolean: bool) -> None:
-    inputs = [image_tokens(WIDTH), mask_of(shape(IMAGE), boolean)]
-    sharded = assert_sharded(masked(randomise(SelfAttention())), inputs, 3)
-    assert sharded.collectives["all_to_all_single"] == 4
 
 
 @pytest.mark.parametrize("boolean", [True, False], ids=["boolean", "additive"])
@@ -261,7 +261,246 @@ def test_two_batch_dimensions_before_the_heads() -> None:
     assert_sharded(doubled, [image_tokens(WIDTH)], 2)
 
 
+# All forms of attention, on all meshes, with whatever does not divide
+
+
+class Forms(nn.Module):
+    """Every form of attention over one joined sequence, each an output of its own: one compile for all of them."""
+
+    WIDTH = 16
+
+    def __init__(self, number: int, groups: int, segments: int) -> None:
+        super().__init__()
+        self.number, self.groups = number, groups
+        self.streams = nn.ModuleList(nn.Linear(4 + index, self.WIDTH) for index in range(segments))
+        wanted = {"q": SIZE, "k": SIZE, "v": SIZE, "small": SIZE - 1}
+        self.parts = nn.ModuleDict({name: nn.Linear(self.WIDTH, number * size) for name, size in wanted.items()})
+        self.to_queries = nn.Linear(self.WIDTH, number * groups * SIZE)
+        self.to_group = nn.ModuleList(nn.Linear(self.WIDTH, groups * SIZE) for _ in "kv")
+
+    def forward(self, masks: dict[str, Tensor], of_groups: Tensor, other: Tensor, *inputs: Tensor) -> dict[str, Tensor]:
+        x = torch.cat([to(stream) for to, stream in zip(self.streams, inputs, strict=True)], dim=1)
+        q, k, v, small = (heads(to(x), self.number) for to in self.parts.values())
+        grouped = (
+            heads(self.to_queries(x), self.number * self.groups),
+            *(heads(to(x), self.groups) for to in self.to_group),
+        )
+        merged = (part.flatten(0, 1) for part in (q, k, v))
+        others = (heads(self.parts[name](other), self.number) for name in "kv")
+        attend = F.scaled_dot_product_attention
+        results = {
+            "plain": attend(q, k, v),
+            "causal": attend(q, k, v, is_causal=True),
+            "scale": attend(q, k, v, scale=0.7),
+            "value size": attend(q, k, small),
+            "three dimensions": attend(*merged).unflatten(0, q.shape[:2]),
+            "cross": attend(q, *others),
+            "queries of the last segment": attend(q[:, :, -inputs[-1].shape[1] :], k, v),
+            "grouped": attend(*grouped, enable_gqa=True),
+            "grouped, causal": attend(*grouped, is_causal=True, enable_gqa=True),
+            "grouped, mask": attend(*grouped, attn_mask=of_groups, enable_gqa=True),
+            **{name: attend(q, k, v, attn_mask=mask) for name, mask in masks.items()},
+        }
+        return {name: merge(result) for name, result in results.items()}
+
+
+def padding(batch: int, length: int) -> Tensor:
+    """Which tokens of each row are real: another number in each."""
+    return torch.arange(length) < torch.tensor([1 + (5 + 3 * row) % length for row in range(batch)])[:, None]
+
+
+def masks_of(batch: int, number: int, length: int, boolean: bool) -> dict[str, Tensor]:
+    shapes = {
+        "queries x keys": (length, length),
+        "key padding": (batch, 1, 1, length),
+        "batch": (batch, 1, length, length),
+        "batch and heads": (batch, number, length, length),
+        "heads": (number, length, length),
+        "keys": (1, length),
+        "one column": (batch, 1, length, 1),
+    }
+    seen = padding(batch, length)
+    masks = {name: mask_of(shape, boolean) for name, shape in shapes.items()}
+    masks["rows of different lengths"] = seen[:, None, None]
+    masks["rows that see no key"] = (seen[:, None] & seen[:, :, None])[:, None]
+    if not boolean:
+        masks |= {
+            name: torch.zeros(masks[name].shape).masked_fill(~masks[name], -torch.inf)
+            for name in ("rows of different lengths", "rows that see no key")
+        }
+    return masks
+
+
+def check_forms(mesh: Mesh, lengths: Sequence[int], number: int, batch: int, boolean: bool) -> None:
+    """Holds every form against the eager model, on every rank."""
+    groups, length = mesh_sizes(mesh).get("ulysses", 1), sum(lengths)
+    model = randomise(Forms(number, groups, len(lengths)))
+    of_groups = mask_of((batch, number * groups, length, length), boolean)
+    streams = [draw(batch, tokens, 4 + index, seed=index) for index, tokens in enumerate(lengths)]
+    inputs = [masks_of(batch, number, length, boolean), of_groups, draw(batch, 7, Forms.WIDTH), *streams]
+    with torch.no_grad():
+        expected = model(*inputs)
+    sharded = shard(model, inputs, mesh)
+    wrong = {
+        name: float((sharded.result[name] - expected[name]).abs().max())
+        for name in expected
+        if not torch.allclose(
+            sharded.result[name], expected[name], rtol=0, atol=3e-6 * float(expected[name].abs().max())
+        )
+    }
+    assert not wrong
+    for output in sharded.outputs[1:]:
+        close(output, sharded.outputs[0], 0.0)
+    heaviest = max(attention.flops for attention in sharded.plan.attentions.values())
+    assert not [
+        attention.name
+        for operation, attention in sharded.plan.attentions.items()
+        if operation not in sharded.plan.cuts and attention.flops > 0.1 * heaviest
+    ]
+
+
+SITUATIONS: list[tuple[Mesh, tuple[int, ...], int, int]] = [
+    # mesh, tokens of each segment, heads, batch
+    ({"ulysses": 2}, (13, 6), 3, 2),
+    ({"ulysses": 2}, (12,), 4, 1),
+    ({"ulysses": 4}, (14, 3), 3, 2),  # a rank with no head, and one with no token of the second segment
+    ({"ulysses": 4}, (3,), 5, 2),  # a rank with no token at all
+    ({"ring": 2}, (13,), 3, 2),
+    ({"ring": 2}, (1, 6), 5, 1),
+    ({"ring": 3}, (12, 9), 4, 2),
+    ({"ring": 3}, (2, 11), 3, 2),
+    ({"ring": 2, "ulysses": 2}, (13, 6), 5, 2),
+    ({"ring": 2, "ulysses": 2}, (2, 1), 3, 2),
+    ({"batch": 2}, (13, 6), 3, 3),
+    ({"batch": 2, "ulysses": 2}, (5, 1, 8), 3, 2),
+    ({"batch": 2, "ring": 2}, (7,), 4, 3),
+]
+
+
+@pytest.mark.parametrize(
+    "mesh, lengths, number, batch, boolean",
+    [(*situation, index % 2 == 0) for index, situation in enumerate(SITUATIONS)],
+    ids=lambda value: mesh_name(value) if isinstance(value, dict) else None,
+)
+def test_every_form_of_attention(mesh: Mesh, lengths: tuple[int, ...], number: int, batch: int, boolean: bool) -> None:
+    """Meshes, lengths and heads in pairs that matter; the test below takes every combination."""
+    check_forms(mesh, lengths, number, batch, boolean)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number, boolean", [(3, True), (4, True), (5, False)])
+@pytest.mark.parametrize("lengths", [(12,), (13,), (3,), (12, 8), (13, 6), (14, 3), (5, 1, 8)], ids=str)
+@pytest.mark.parametrize("mesh", [*ONE_AXIS, {"ulysses": 4}, *TWO_AXES], ids=mesh_name)
+def test_every_form_of_attention_in_every_combination(
+    mesh: Mesh, lengths: tuple[int, ...], number: int, boolean: bool
+) -> None:
+    check_forms(mesh, lengths, number, 3 if "batch" in mesh_sizes(mesh) else 2, boolean)
+
+
+@pytest.mark.parametrize("hidden", [-1e4, torch.finfo(torch.float32).min, -torch.inf])
+@pytest.mark.parametrize("mesh", [{"ulysses": 2}, {"ring": 2}, {"ring": 3}], ids=mesh_name)
+def test_rows_from_which_an_additive_mask_hides_every_key(mesh: Mesh, hidden: float) -> None:
+    """PyTorch gives the plain mean of all values where a finite number hides all keys, and 0 where -inf does."""
+    seen = padding(BATCH, 13)
+    mask = torch.zeros(BATCH, 1, 13, 13).masked_fill(~(seen[:, None] & seen[:, :, None])[:, None], hidden)
+    assert_sharded(masked(randomise(SelfAttention())), [draw(BATCH, 13, WIDTH), mask], mesh)
+
+
+# The other axes: whole models
+
+
+@pytest.mark.parametrize(
+    "mesh, collectives, share",
+    [
+        ({"ring": 2}, {"all_to_all_single": 2, "all_gather_into_tensor": 1}, 1 / 2),
+        ({"ring": 3}, {"all_to_all_single": 4, "all_gather_into_tensor": 1}, 1 / 3),
+        ({"ring": 2, "ulysses": 2}, {"all_to_all_single": 10, "all_gather_into_tensor": 1}, 1 / 4),
+        ({"batch": 2}, {"all_gather_into_tensor": 1}, 1 / 2),
+        ({"batch": 2, "ulysses": 2}, {"all_to_all_single": 8, "all_gather_into_tensor": 2}, 1 / 4),
+        ({"batch": 2, "ring": 2}, {"all_to_all_single": 2, "all_gather_into_tensor": 2}, 1 / 4),
+    ],
+    ids=lambda value: mesh_name(value) if isinstance(value, dict) and "all_gather_into_tensor" not in value else None,
+)
+def test_what_two_blocks_cost_on_a_mesh(mesh: Mesh, collectives: dict[str, int], share: float) -> None:
+    """A ring of P takes P - 1 exchanges for an attention, each of keys and values together."""
+    sharded = assert_sharded(randomise(Transformer(2)), [image_tokens()], mesh)
+    assert sharded.collectives == collectives
+    assert sharded.share == pytest.approx(share)
+    assert len(sharded.report.notes) == ("batch" in mesh_sizes(mesh) and len(mesh_sizes(mesh)) > 1)  # gathered twice
+
+
+@pytest.mark.parametrize("tokens", [49, 3, 2])
+@pytest.mark.parametrize("mesh", [{"ulysses": 4}, {"ring": 2, "ulysses": 2}, {"batch": 2, "ring": 2}], ids=mesh_name)
+def test_two_blocks_whose_tokens_do_not_divide(mesh: Mesh, tokens: int) -> None:
+    assert_sharded(randomise(Transformer(2)), [draw(BATCH, tokens, 10)], mesh)
+
+
+@pytest.mark.parametrize("tokens", [(13, 5), (2, 6), (6, 6), (7, 7)], ids=str)
+@pytest.mark.parametrize("text_first", [True, False], ids=["text first", "image first"])
+@pytest.mark.parametrize("mesh", [{"ulysses": 3}, {"ring": 3}], ids=mesh_name)
+def test_uneven_text_and_image_joined_and_split_again(mesh: Mesh, text_first: bool, tokens: tuple[int, int]) -> None:
+    image, text = (draw(BATCH, length, WIDTH, seed=length + slot) for slot, length in enumerate(tokens))
+    assert_sharded(randomise(Joint(text_first=text_first)), [image, text], mesh)
+
+
+@pytest.mark.parametrize("mesh", [{"ring": 3}, *TWO_AXES], ids=mesh_name)
+def test_self_and_cross_attention_on_a_mesh(mesh: Mesh) -> None:
+    inputs = [draw(BATCH, 13, WIDTH), draw(BATCH, 5, 20, seed=2)]
+    sharded = assert_sharded(randomise(WithText()), inputs, mesh)
+    assert (sharded.report.attentions, sharded.report.cross_attentions) == (1, 1)
+
+
+@pytest.mark.parametrize("mesh", [{"ring": 2}, {"ulysses": 2}], ids=mesh_name)
+def test_several_causal_attentions_are_all_cut(mesh: Mesh) -> None:
+    """A causal attention has no rule for its queries: its result must be known to hold tokens all the same."""
+    model = nn.Sequential(randomise(Attend(is_causal=True)), randomise(Attend(is_causal=True), seed=1))
+    sharded = assert_sharded(model, [draw(BATCH, 13, WIDTH)], mesh)
+    assert (sharded.report.attentions, sharded.report.whole_attentions) == (2, 0)
+
+
+@pytest.mark.parametrize("mesh", [{"ring": 2}, {"batch": 2}, {"ring": 2, "ulysses": 2}], ids=mesh_name)
+def test_queries_of_three_dimensions_alone_on_a_mesh(mesh: Mesh) -> None:
+    model = randomise(Attend())
+
+    def merged(x: Tensor) -> Tensor:
+        q, k, v = (heads(to(x)).flatten(0, 1) for to in (model.to_q, model.to_k, model.to_v))
+        return merge(F.scaled_dot_product_attention(q, k, v).unflatten(0, (BATCH, HEADS))) + x
+
+    assert_sharded(merged, [draw(BATCH, 13, WIDTH)], mesh)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 5])
+def test_the_batch_axis_cuts_what_carries_a_batch(batch: int) -> None:
+    """Tables, masks and modulation with a row for each element, and with one row for all."""
+    attention, modulation = randomise(SelfAttention()), randomise(nn.Linear(8, 2 * WIDTH))
+
+    def model(x: Tensor, time: Tensor, table: Tensor, shared: Tensor, mask: Tensor) -> Tensor:
+        scale, shift = modulation(F.silu(time))[:, None].chunk(2, dim=-1)
+        x = x * (1 + scale) + shift
+        x = x * table.cos() + shared.sin()
+        return x + attention(x, attn_mask=mask)
+
+    tables = draw(batch, 13, WIDTH, seed=3), draw(1, 13, WIDTH, seed=4)
+    inputs = [draw(batch, 13, WIDTH), draw(batch, 8, seed=2), *tables, padding(batch, 13)[:, None, None]]
+    sharded = assert_sharded(model, inputs, {"batch": 2})
+    assert sharded.collectives == {"all_gather_into_tensor": 1}
+    assert sharded.share == pytest.approx((batch + 1) // 2 / batch)
+
+
+def test_a_batch_smaller_than_its_axis_is_refused() -> None:
+    with pytest.raises(GraphError, match="batch of 2 cannot be shared by the 3 ranks"):
+        shard(randomise(Transformer()), [image_tokens()], {"batch": 3})
+
+
 # What is refused
+
+
+def test_key_heads_that_do_not_divide_are_refused_by_ulysses_and_work_in_a_ring() -> None:
+    model = randomise(Attend(queries=6, keys=3, enable_gqa=True))
+    with pytest.raises(GraphError, match="query 6, key 3, value 3") as caught:
+        shard(model, [image_tokens(WIDTH)], 2)
+    assert "use the ring axis" in str(caught.value)
+    assert_sharded(model, [image_tokens(WIDTH)], {"ring": 2})
 
 
 def test_dropout_in_attention_is_refused() -> None:
@@ -299,6 +538,11 @@ def test_a_graph_without_attention_is_refused() -> None:
     with pytest.raises(GraphError, match="no scaled_dot_product_attention") as caught:
         shard(nn.Linear(10, 10), [image_tokens()])
     assert "set_attention_backend" in str(caught.value)
+
+
+def test_a_sequence_of_a_single_token_is_refused() -> None:
+    with pytest.raises(GraphError, match="cannot be cut"):
+        shard(randomise(Transformer()), [draw(BATCH, 1, 10)], {"ring": 2})
 
 
 def test_attention_over_a_dimension_that_is_no_token_dimension_is_refused() -> None:
@@ -369,7 +613,7 @@ def mutating(read: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Ten
     return call
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("mesh", [{"ulysses": 2}, {"ring": 3}], ids=mesh_name)
 @pytest.mark.parametrize(
     "read",
     [
@@ -381,20 +625,20 @@ def mutating(read: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Ten
     ids=["cut", "whole", "view", "joined"],
 )
 def test_a_mutated_input_is_overwritten_after_its_last_use(
-    read: Callable[[Tensor, Tensor], Tensor], ranks: int
+    read: Callable[[Tensor, Tensor], Tensor], mesh: Mesh
 ) -> None:
     """The old value is still wanted behind the exchanges: it may not be overwritten while they run."""
     call = mutating(read)
     x, other = image_tokens(WIDTH), image_tokens(WIDTH)
     with torch.no_grad():
         expected = call(other)
-    sharded = shard(call, [x], ranks)
+    sharded = shard(call, [x], mesh)
     torch.testing.assert_close(sharded.result, expected)
     torch.testing.assert_close(x, other)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_a_buffer_that_is_updated_from_tokens(ranks: int) -> None:
+@pytest.mark.parametrize("mesh", [2, 3, {"ring": 2}, {"batch": 2}], ids=mesh_name)
+def test_a_buffer_that_is_updated_from_tokens(mesh: Mesh) -> None:
     """Every rank writes the whole new value."""
 
     class Counting(nn.Module):
@@ -410,20 +654,27 @@ def test_a_buffer_that_is_updated_from_tokens(ranks: int) -> None:
 
     model, eager = randomise(Counting()), randomise(Counting())
     x = image_tokens(WIDTH)
-    torch.testing.assert_close(shard(model, [x], ranks).result, eager(x))
+    torch.testing.assert_close(shard(model, [x], mesh).result, eager(x))
     torch.testing.assert_close(model.seen, eager.seen)
 
 
 # Precision
 
 
+@pytest.mark.parametrize("mesh", [{"ulysses": 2}, {"ring": 2}], ids=mesh_name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype) -> None:
-    sharded = assert_sharded(randomise(Transformer()).to(dtype), [image_tokens().to(dtype)], 2, tolerance=0.03)
+def test_half_precision(dtype: torch.dtype, mesh: Mesh) -> None:
+    sharded = assert_sharded(randomise(Transformer()).to(dtype), [image_tokens().to(dtype)], mesh, tolerance=0.03)
     assert sharded.result.dtype is dtype
 
 
-def test_every_rank_runs_the_same_collectives_in_the_same_order() -> None:
-    sharded = assert_sharded(randomise(JoinedFirst()), [image_tokens(), text_tokens(14)], 4)
+@pytest.mark.parametrize("mesh", [{"ulysses": 4}, {"ring": 2, "ulysses": 2}], ids=mesh_name)
+@pytest.mark.parametrize("tokens", [(48, 24), (3, 1)], ids=str)
+def test_every_rank_runs_the_same_collectives_in_the_same_order(tokens: tuple[int, int], mesh: Mesh) -> None:
+    """Also ranks that hold no token, and no head."""
+    image, text = tokens
+    inputs = [draw(BATCH, image, 10), draw(BATCH, text, 14)]
+    model = randomise(JoinedFirst(number=3))
+    sharded = assert_sharded(model, inputs, mesh)
     orders = [[str(node.target) for node in gm.graph.nodes if "c10d" in str(node.target)] for gm in sharded.graphs]
     assert orders.count(orders[0]) == 4

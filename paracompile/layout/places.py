@@ -77,12 +77,15 @@ def propagate(
     for attention in sorted(attentions, key=lambda item: -item.flops):
         query = attention.operation.operands[attention.query]
         shape = shape_of(query)
-        if query in places or len(shape) < 3:
+        if len(shape) < 3:
             continue
         dim = len(shape) - 2 if seed == "tokens" else 0
+        start = Place(dim, shape[dim])
+        if places.get(query, start) != start:
+            continue
         result = attention.operation.results[0]  # also where no rule leads there: a causal one has none for its queries
-        places[query] = places[result] = Place(dim, shape[dim])
-        reached = deque([query, result])
+        reached = deque(value for value in (query, result) if value not in places)
+        places.update(dict.fromkeys(reached, start))
         while reached:
             value = reached.popleft()
             for operation, slot, is_operand in touching[value]:

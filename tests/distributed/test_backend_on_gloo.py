@@ -6,6 +6,7 @@ rank that were left alone would fail its test rather than hang it.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable
@@ -147,7 +148,12 @@ def with_bad_option_on_one(rank: int) -> tuple[str, float]:
 
 
 def test_an_option_that_is_wrong_on_one_rank_only(two_ranks: Pool) -> None:
-    assert_all_told(two_ranks.run(with_bad_option_on_one), "paracompile option 'inputs' = 'shout'")
+    results = two_ranks.run(with_bad_option_on_one)
+    try:
+        assert_all_told(results, "paracompile option 'inputs' = 'shout'")
+    except AssertionError:
+        two_ranks.close()  # ranks that have agreed unequally often never agree again
+        raise
 
 
 def with_other_options(rank: int) -> tuple[str, float]:
@@ -175,7 +181,7 @@ def with_a_pass_that_fails(rank: int) -> tuple[str, float]:
     def fail(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> fx.GraphModule:
         raise ValueError("this pass failed on one rank")
 
-    with mock.patch("paracompile.passes.schedule", fail) if rank == 1 else mock.MagicMock(), torch.no_grad():
+    with mock.patch("paracompile.passes.schedule", fail) if rank == 1 else contextlib.nullcontext(), torch.no_grad():
         return said_by(lambda: compiled(small())(tokens()))
 
 
@@ -189,7 +195,7 @@ def with_a_compiler_that_fails(rank: int) -> tuple[str, float]:
     def fail(*args: Any) -> Any:
         raise ValueError("no compiler here")
 
-    with mock.patch("paracompile.backend._compile", fail) if rank == 0 else mock.MagicMock(), torch.no_grad():
+    with mock.patch("paracompile.backend._compile", fail) if rank == 0 else contextlib.nullcontext(), torch.no_grad():
         return said_by(lambda: compiled(small())(tokens()))
 
 
@@ -258,12 +264,13 @@ def at_resolutions(
     return found, expected, len(reports), [str(each.message) for each in caught if "paracompile" in str(each.message)]
 
 
+@pytest.mark.slow
 def test_every_resolution_is_sharded_and_right(two_ranks: Pool) -> None:
-    sizes = [(6, 8), (4, 8), (6, 8), (10, 4)]
+    sizes = [(6, 8), (4, 8), (6, 8)]
     for found, expected, graphs, warned in two_ranks.run(at_resolutions, sizes, 8):
         for output, right in zip(found, expected, strict=True):
             assert_equal(output, right)
-        assert graphs == 3
+        assert graphs == 2
         assert warned == []
 
 
