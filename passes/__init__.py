@@ -22,6 +22,7 @@ from paracompile.passes.drop_masked_keys import drop_masked_keys
 from paracompile.passes.normalise import normalise
 from paracompile.passes.schedule import schedule
 from paracompile.passes.static_lengths import static_lengths
+from paracompile.passes.subclasses import dispatch_on_subclasses
 
 __all__ = ["Pass", "check_contracts", "pipeline", "run_passes"]
 
@@ -79,6 +80,7 @@ def pipeline(
             else []
         ),
         Pass(schedule, requires=frozenset({"functional ATen"}), provides="overlap"),
+        Pass(dispatch_on_subclasses, requires=frozenset({"functional ATen"}), provides="subclasses asked"),
     ]
 
 
