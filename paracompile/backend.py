@@ -7,18 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import fx
 from torch._guards import CompileContext
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
+from torch.distributed.device_mesh import DeviceMesh
 
 from paracompile.errors import ParacompileError
-from paracompile.layout.graph import operations
+from paracompile.layout.graph import Operation, operations
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 from paracompile.options import Options
+from paracompile.overlap import inductor_settings
 from paracompile.passes import pipeline, run_passes
 from paracompile.passes.context_parallel import flops_of
+from paracompile.passes.drop_masked_keys import attends_to_visible
 from paracompile.patterns.rules import rule_for
 from paracompile.report.dump import Dump
 from paracompile.report.report import Report, report_of
@@ -27,61 +32,57 @@ from paracompile.runtime.inputs import InputAgreement
 
 Compiled = Callable[..., Any]
 
-# The graph comes in the order wanted (`schedule`): starts early, waits late, the same collectives in the same order on
-# every rank. Inductor would undo it thrice. Its passes for locality and for peak memory move work to where its value is
-# read or freed, so that nothing is left to run under an exchange; and "reorder_communication_preserving_peak_memory",
-# which its config recommends, may exchange collectives with each other by this rank's memory
-# (config_comms.reorder_iterative_unsafe_collectives_reorder is on; seen on Wan: k, q, v), so that ranks with uneven
-# shares could meet in different ones. Sinking waits never passes a collective.
-_OVERLAP = {
-    "reorder_for_locality": False,
-    "reorder_for_peak_memory": False,
-    "reorder_for_compute_comm_overlap": True,
-    "reorder_for_compute_comm_overlap_passes": ["sink_waits_iterative"],
-}
-
 
 def paracompile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
 ) -> Compiled:
     """The backend: `torch.compile(model, backend="paracompile", options=options)`; see `Options` for the options.
 
-    On one rank the graph goes to the compiler as it is. On several it is sharded first, and all ranks agree on the
-    graph, the options and the plan before any of them runs a collective.
+    On one rank the graph goes to the compiler as it is, unless attention masks in it only hide keys. On several it is
+    sharded first, and all ranks agree on the graph, the options and the plan before any of them runs a collective.
 
     raises:
         OptionError: options that cannot work.
         GraphError: a graph that cannot be sharded.
         RankError: another rank failed, or holds another graph; raised on every rank.
     """
-    chosen = Options.parse(options)
-    ranks = Ranks.from_mesh(chosen.mesh)
+    agreement = Agreement(_members(options), _timeout(options))
+    with agreement.stage("options") as facts:
+        chosen = Options.parse(options)
+        ranks = Ranks.from_mesh(chosen.mesh)
+        facts["options"] = chosen.fingerprint()
     dump = Dump(chosen.dump, _compile_name(), ranks.sequence_rank)
     dump("captured", gm)
     if ranks.is_single:
+        if chosen.drop_masked_keys and _has_masks(gm) and not _wants_gradients(gm, example_inputs):
+            rewritten = run_passes(gm, example_inputs, pipeline(ranks), after=dump)
+            gm = rewritten if attends_to_visible(rewritten) else gm
         compiled = _compile(gm, example_inputs, chosen, {})
         if chosen.report is not None:
             chosen.report(Report(ranks=1))
         return compiled
 
-    agreement = Agreement(ranks.members, chosen.timeout)
     with agreement.stage("plan") as facts:
         _check_gradients(gm, example_inputs)
         plans: list[Plan] = []
+        done: list[Operation] = []
 
         def after(name: str, graph: fx.GraphModule) -> None:
             if name == "normalise":
                 facts["graph"] = graph.print_readable(print_output=False, include_stride=True)
+            if name == "schedule":  # the last graph that is all ATen
+                done.extend(operations(graph.graph, rule_for))
             dump(name, graph)
 
-        facts["options"] = chosen.fingerprint()
-        local = run_passes(gm, example_inputs, pipeline(ranks, planned=plans.append), after=after)
+        local = run_passes(
+            gm, example_inputs, pipeline(ranks, planned=plans.append, drop_keys=chosen.drop_masked_keys), after=after
+        )
         facts["plan"] = "\n".join(map(describe, plans))
     with agreement.stage("compile"):
-        compiled = _compile(local, example_inputs, chosen, _OVERLAP)
+        compiled = _compile(local, example_inputs, chosen, inductor_settings())
         _warn_at_recompile_limit()
     if chosen.report is not None:
-        chosen.report(report_of(plans, ranks.size, local, operations(local.graph, rule_for), flops_of))
+        chosen.report(report_of(plans, ranks.size, local, done, flops_of))
     agree = InputAgreement(
         mode=chosen.inputs,
         indices=tuple(index for index, node in _placeholders(gm) if not _is_static(node)),
@@ -90,6 +91,20 @@ def paracompile(
         names=tuple(node.name for _, node in _placeholders(gm) if not _is_static(node)),
     )
     return lambda *args: compiled(*agree(args))
+
+
+def _members(options: Any) -> tuple[int, ...]:
+    """The ranks to agree with, read from options that may still be wrong: those of the mesh, or the world's."""
+    mesh = options.get("mesh") if isinstance(options, Mapping) else None
+    if isinstance(mesh, DeviceMesh):
+        return tuple(sorted(int(rank) for rank in mesh.mesh.flatten().tolist()))
+    return tuple(range(dist.get_world_size())) if dist.is_available() and dist.is_initialized() else ()
+
+
+def _timeout(options: Any) -> float:
+    wanted = options.get("timeout") if isinstance(options, Mapping) else None
+    usable = isinstance(wanted, (int, float)) and not isinstance(wanted, bool) and 0 < wanted < float("inf")
+    return float(wanted) if usable else Options.timeout  # type: ignore[arg-type]
 
 
 def describe(plan: Plan) -> str:
@@ -127,14 +142,28 @@ def _is_static(node: fx.Node) -> bool:
     return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
 
 
-def _check_gradients(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+def _has_masks(gm: fx.GraphModule) -> bool:
+    """Whether any attention of Dynamo's graph has a mask: a glance that spares all other models the passes."""
+    return any(
+        node.target is F.scaled_dot_product_attention
+        and (len(node.args) > 3 or node.kwargs.get("attn_mask") is not None)
+        for node in gm.graph.nodes
+    )
+
+
+def _wants_gradients(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str]:
+    """The inputs that gradients are wanted of."""
     if not torch.is_grad_enabled():
-        return
-    wanted = [
+        return []
+    return [
         node.name
         for (_, node), value in zip(_placeholders(gm), example_inputs, strict=True)
         if isinstance(value, torch.Tensor) and value.requires_grad
     ]
+
+
+def _check_gradients(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    wanted = _wants_gradients(gm, example_inputs)
     if wanted:
         others = f" and {len(wanted) - 1} more inputs" if wanted[1:] else ""
         raise ParacompileError(

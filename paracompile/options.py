@@ -43,6 +43,9 @@ class Options:
     rdt: float | None = None
     """Threshold of the first block cache, a ratio (residual difference); 0 and None are off."""
 
+    drop_masked_keys: bool = True
+    """Where a mask only hides keys (padding), attend to the visible ones with the fast kernel and no mask."""
+
     compiler: Compiler = "inductor"
     """What compiles the sharded graph: "inductor"; "eager" interprets it; "aot_eager" traces it with AOTAutograd and
     then interprets it. The last two are for tests and debugging."""
@@ -87,6 +90,8 @@ class Options:
             raise OptionError("mesh", self.mesh, "give a DeviceMesh, such as paracompile.init_mesh builds, or None")
         _one_of("inputs", self.inputs, get_args(InputMode))
         _one_of("compiler", self.compiler, get_args(Compiler))
+        if not isinstance(self.drop_masked_keys, bool):
+            raise OptionError("drop_masked_keys", self.drop_masked_keys, "give True or False")
         object.__setattr__(self, "rdt", _rdt(self.rdt))
         object.__setattr__(self, "inductor", _inductor(self.inductor))
         if self.mode is not None:
@@ -119,6 +124,7 @@ class Options:
             else (self.mesh.device_type, self.mesh.mesh_dim_names, self.mesh.mesh.tolist()),
             "inputs": self.inputs,
             "rdt": self.rdt or None,
+            "drop_masked_keys": self.drop_masked_keys,
             "compiler": self.compiler,
             "mode": None if self.mode == "default" else self.mode,
             **{f"inductor.{name}": value for name, value in sorted(self.inductor.items())},

@@ -18,8 +18,11 @@ from paracompile.errors import ParacompileError
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 from paracompile.passes.context_parallel import batch_parallel, context_parallel
+from paracompile.passes.drop_masked_keys import drop_masked_keys
 from paracompile.passes.normalise import normalise
 from paracompile.passes.schedule import schedule
+from paracompile.passes.static_lengths import static_lengths
+from paracompile.passes.subclasses import dispatch_on_subclasses
 
 __all__ = ["Pass", "check_contracts", "pipeline", "run_passes"]
 
@@ -46,14 +49,22 @@ class Pass:
         return run.__name__
 
 
-def pipeline(ranks: Ranks, *, planned: Callable[[Plan], object]) -> list[Pass]:
-    """The passes that shard a graph over `ranks`, in order; `planned` is told each plan as it is made."""
+def pipeline(
+    ranks: Ranks, *, planned: Callable[[Plan], object] = lambda plan: None, drop_keys: bool = True
+) -> list[Pass]:
+    """The passes for a graph that is shared by `ranks`, in order.
+
+    args:
+        planned: told each plan as it is made.
+        drop_keys: drop keys that a mask hides from all.
+    """
     return [
         Pass(normalise, provides="functional ATen"),
+        Pass(static_lengths, requires=frozenset({"functional ATen"}), provides="static lengths"),
         *(
             Pass(
                 run,
-                requires=frozenset({"functional ATen"}),
+                requires=frozenset({"functional ATen", "static lengths"}),
                 provides=provides,
                 conflicts=frozenset({provides}),
             )
@@ -63,7 +74,13 @@ def pipeline(ranks: Ranks, *, planned: Callable[[Plan], object]) -> list[Pass]:
             )
             if wanted
         ),
+        *(
+            [Pass(drop_masked_keys, requires=frozenset({"functional ATen"}), provides="visible keys only")]
+            if drop_keys
+            else []
+        ),
         Pass(schedule, requires=frozenset({"functional ATen"}), provides="overlap"),
+        Pass(dispatch_on_subclasses, requires=frozenset({"functional ATen"}), provides="subclasses asked"),
     ]
 
 

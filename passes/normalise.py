@@ -13,7 +13,7 @@ table of rules covers functions, methods, keywords and operators alike.
 - Sizes become numbers: `int(symint)` specialises with a guard that Dynamo honours, so that another resolution
   recompiles.
 - A tensor subclass among the inputs (a weight quantised by torchao) is traced as a plain tensor of the same outer
-  shape: `aten.linear` stays one node and dispatches on the real subclass when it runs.
+  shape, and `aten.linear` stays one node; `subclasses` spells it so that the real one is asked when it runs.
 - A mutated graph input is written back by `aten.copy_` at the end, the one in-place operator that remains.
 - Placeholders keep what Dynamo attached to them, without which AOTAutograd no longer knows the static weights.
 """
@@ -34,6 +34,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
+from paracompile.errors import GraphError
+
 aten = torch.ops.aten
 
 _DROPPED = {aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
@@ -46,7 +48,7 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
     with fake_mode, _plain_inference():
         stand_ins = [_stand_in(value) for value in example_inputs]
         traced = make_fx(
-            lambda *args: _run_functionally(gm, args),
+            lambda *args: _run_functionally(gm, args, example_inputs),
             tracing_mode="fake",
             pre_dispatch=True,
             _allow_non_fake_inputs=True,
@@ -80,7 +82,7 @@ def _respell(node: fx.Node) -> None:
         if before.shape != made.shape:
             return  # a broadcasting copy stays as it is
         if (before.dtype, before.device) == (made.dtype, made.device):
-            _drop(node, source)
+            node.target, node.args = aten.clone.default, (source,)  # the source itself may be written to, or returned
         else:
             node.target, node.args = aten._to_copy.default, (source,)
             node.kwargs = {"dtype": made.dtype, "device": made.device}
@@ -114,14 +116,47 @@ def _stand_in(value: Any) -> Any:
     return value
 
 
-def _run_functionally(gm: fx.GraphModule, args: Sequence[Any]) -> Any:
+class _Interpreter(fx.Interpreter):
+    """Runs a graph with its autocast regions really on, so that values get the types that they have at run time.
+
+    Entering a region also writes its edge into the trace. (Calling Dynamo's node would only write the edge.) `type_as`
+    of the same type is the tensor itself, which a later write must reach: `to` says so, the operator does not.
+    """
+
+    def __init__(self, gm: fx.GraphModule, regions: contextlib.ExitStack) -> None:
+        """`regions` closes what is still open when tracing fails."""
+        super().__init__(gm)
+        self.regions = regions
+
+    def run_node(self, n: fx.Node) -> Any:
+        made = n.meta.get("example_value")
+        if n.op == "call_method" and n.target == "item" and isinstance(made, torch.SymFloat):
+            return float(made)
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.amp.autocast_mode._enter_autocast:
+            region = self.regions.enter_context(contextlib.ExitStack())
+            region.enter_context(torch.autocast(*args))
+            return region
+        if target is torch.amp.autocast_mode._exit_autocast:
+            return args[0].close()
+        return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target == "type_as":
+            return args[0].to(dtype=args[1].dtype, device=args[1].device)
+        return super().call_method(target, args, kwargs)
+
+
+def _run_functionally(gm: fx.GraphModule, args: Sequence[Any], example_inputs: Sequence[Any]) -> Any:
     """Runs `gm` under functionalisation and writes mutated inputs back to `args`."""
     excluded = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
     mode = FunctionalTensorMode(pre_dispatch=True, export=True)
     with torch._C._ExcludeDispatchKeyGuard(excluded), mode:
         inputs = [FunctionalTensor.to_functional(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
-        with preserve_node_meta():
-            outputs = fx.Interpreter(gm).run(*inputs)
+        with preserve_node_meta(), contextlib.ExitStack() as regions:
+            outputs = _Interpreter(gm, regions).run(*inputs)
         outputs = pytree.tree_map_only(FunctionalTensor, _unwrap, outputs)
         mutated = {
             index: _unwrap(value)
@@ -129,8 +164,23 @@ def _run_functionally(gm: fx.GraphModule, args: Sequence[Any]) -> Any:
             if isinstance(value, FunctionalTensor) and has_data_mutation(value)
         }
     for index, value in mutated.items():
+        _check_unshared(gm, index, example_inputs)
         args[index].copy_(value)
     return outputs
+
+
+def _check_unshared(gm: fx.GraphModule, index: int, example_inputs: Sequence[Any]) -> None:
+    """A written input is known by its own name only: another that shares its memory would keep the old values."""
+    written = example_inputs[index]
+    memory = written.untyped_storage()._cdata
+    for other, value in enumerate(example_inputs):
+        if other != index and isinstance(value, torch.Tensor) and value.untyped_storage()._cdata == memory:
+            nodes = gm.graph.find_nodes(op="placeholder")
+            raise GraphError(
+                nodes[index],
+                f"the model writes to it, and it shares its memory with another input, {nodes[other].name}",
+                "pass a copy of one of the two",
+            )
 
 
 def _unwrap(value: FunctionalTensor) -> torch.Tensor:

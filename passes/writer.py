@@ -19,8 +19,9 @@ class GraphWriter:
         origin: the node of the captured graph that is being rewritten: new nodes say that they come from there.
     """
 
-    def __init__(self, fake_mode: FakeTensorMode) -> None:
-        self.graph = fx.Graph()
+    def __init__(self, fake_mode: FakeTensorMode, graph: fx.Graph | None = None) -> None:
+        """Writes into `graph` at its insertion point; into a new graph if there is none."""
+        self.graph = fx.Graph() if graph is None else graph
         self.origin: fx.Node | None = None
         self._fake_mode = fake_mode
 

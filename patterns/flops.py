@@ -12,7 +12,8 @@ import torch
 from torch._ops import OpOverload
 from torch.utils import flop_counter
 
-import paracompile.runtime.kernels  # noqa: F401  (registers attention_with_lse)
+import paracompile.runtime.kernels
+import paracompile.runtime.visible  # noqa: F401  (registers attention_to_visible)
 from paracompile.layout.factors import Op
 
 aten = torch.ops.aten
@@ -103,5 +104,6 @@ _FORMULAS: dict[OpOverload[..., object], Callable[[Op], int]] = {
     aten.einsum.default: _einsum,
     aten.scaled_dot_product_attention.default: _attention,
     torch.ops.paracompile.attention_with_lse.default: _attention,
+    torch.ops.paracompile.attention_to_visible.default: _attention,
     **dict.fromkeys(_CONVOLUTIONS, _convolution),
 }

@@ -53,6 +53,7 @@ def run_lockstep(
 def _run(gm: fx.GraphModule, inputs: Sequence[Any]) -> Generator[Collective, Any, Any]:
     environment: dict[fx.Node, Any] = {}
     values = iter(inputs)
+    outside = _autocast_state()
     for node in gm.graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), environment.__getitem__)
         if node.op == "placeholder":
@@ -64,10 +65,24 @@ def _run(gm: fx.GraphModule, inputs: Sequence[Any]) -> Generator[Collective, Any
         elif node.target is c10d.wait_tensor.default:
             environment[node] = args[0]
         elif node.target in _COLLECTIVES:
+            mine = _autocast_state()
+            _set_autocast(outside)
             environment[node] = yield node.target, args
+            outside = _autocast_state()
+            _set_autocast(mine)
         else:
             environment[node] = node.target(*args, **kwargs)
     raise AssertionError("a graph without an output")
+
+
+def _autocast_state() -> tuple[bool, torch.dtype]:
+    """Autocast belongs to the thread, which the ranks share: each takes its own along when it goes on."""
+    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+
+def _set_autocast(state: tuple[bool, torch.dtype]) -> None:
+    torch.set_autocast_enabled("cpu", state[0])
+    torch.set_autocast_dtype("cpu", state[1])
 
 
 def _groups(ranks: Sequence[Ranks], group: str) -> list[list[int]]:

@@ -121,7 +121,6 @@ def test_k_and_q_are_computed_while_v_travels(code: Code) -> None:
         assert all(kind != "wait" for kind, _ in code.between(("start", v), ("start", q)))
 
 
-@pytest.mark.xfail(reason="Inductor fuses k's and q's rope into one kernel, so k waits for q's projection")
 def test_q_is_computed_while_k_travels(code: Code) -> None:
     for _, k, _, _ in exchanges(code):
         assert code.linears_under(k) >= 1

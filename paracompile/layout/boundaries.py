@@ -31,21 +31,25 @@ class Machine:
     """
 
     flops: float = 3e14
-    """Operations in a second (bf16 matrix products)."""
-    memory: float = 3e12
-    """Bytes in a second to and from the GPU's memory."""
+    """Operations in a second (bf16 matrix products). Everything else counts as next to nothing: it is fused."""
     link: float = 1e11
     """Bytes in a second between ranks."""
-    start: float = 2e-5
-    """Seconds that a collective takes to start."""
+    start: float = 2e-3
+    """What a collective costs beside its bytes (its start, and that all ranks meet), as a share of the whole model's
+    work. A share, so that a small model of a form is cut like a large one."""
 
-    def work(self, flops: int, size: int, share: float = 1.0) -> int:
-        """Picoseconds (whole, so that sums are exact) for a share of so many operations on so many bytes."""
-        return 1 + round(1e12 * share * (flops / self.flops + size / self.memory))
+    def work(self, flops: int) -> float:
+        """Seconds for so many operations."""
+        return flops / self.flops
 
-    def transfer(self, size: float) -> int:
-        """Picoseconds for a collective that sends so many bytes."""
-        return round(1e12 * (self.start + size / self.link))
+    def transfer(self, size: float, model: float) -> float:
+        """Seconds for a collective that sends so many bytes, in a model whose whole work takes `model` seconds."""
+        return self.start * model + size / self.link
+
+
+def _picoseconds(seconds: float) -> int:
+    """Whole numbers, so that the sums that a minimum cut compares are exact."""
+    return 1 + round(1e12 * seconds)
 
 
 def choose(
@@ -72,14 +76,15 @@ def choose(
     """
     heaviest = max((item.flops for operation, item in attentions.items() if operation in cuts), default=0)
     saved = 1 - 1 / ranks
+    works = [machine.work(flops(operation)) for operation in operations]
+    model = sum(works)
     network = nx.DiGraph()
     cut, whole = "cut", "whole"
     for number, operation in enumerate(operations):
         if operation not in cuts:
             network.add_edge(number, whole)
             continue
-        moved = sum(map(bytes_of, set(operation.operands))) + sum(map(bytes_of, operation.results))
-        network.add_edge(cut, number, capacity=machine.work(flops(operation), moved, saved))
+        network.add_edge(cut, number, capacity=_picoseconds(saved * works[number]))
         attention = attentions.get(operation)
         if attention is None:
             continue
@@ -87,7 +92,8 @@ def choose(
             network.add_edge(cut, number, capacity=float("inf"))
         elif exchanges(attention, places):
             exchanged = [*operation.operands[:3], *operation.results]
-            network.add_edge(number, whole, capacity=sum(machine.transfer(bytes_of(v) // ranks) for v in exchanged))
+            seconds = sum(machine.transfer(bytes_of(value) / ranks, model) for value in exchanged)
+            network.add_edge(number, whole, capacity=_picoseconds(seconds))
 
     producers = {result: number for number, operation in enumerate(operations) for result in operation.results}
 
@@ -97,7 +103,7 @@ def choose(
         if producer is None or operations[producer] not in cuts:
             return
         gathered = ("gathered", producer, value.index)
-        network.add_edge(producer, gathered, capacity=machine.transfer(saved * bytes_of(value)))
+        network.add_edge(producer, gathered, capacity=_picoseconds(machine.transfer(saved * bytes_of(value), model)))
         network.add_edge(gathered, reader)
 
     for number, operation in enumerate(operations):

@@ -113,9 +113,11 @@ def _bytes_sent(kind: str, node: fx.Node) -> int:
 
 
 def _notes(plan: Plan) -> list[str]:
+    """One line for each gather on the way; the last one, after which nothing is cut any more, is no news."""
     readers: dict[Any, list[Operation]] = {}
     for operation, value in plan.unmatched():
-        readers.setdefault(value, []).append(operation)
+        if operation in plan.cuts or _leads_back(operation, plan):
+            readers.setdefault(value, []).append(operation)
     return [
         f"gathered {value.node.name} ({bytes_of(value):,} bytes) for {_spelled(operations[0])}"
         + (f" and {len(operations) - 1} more" if len(operations) > 1 else "")
@@ -123,8 +125,22 @@ def _notes(plan: Plan) -> list[str]:
     ]
 
 
+def _leads_back(operation: Operation, plan: Plan) -> bool:
+    """Whether anything cut depends on the operation."""
+    cut = {operation.node for operation in plan.cuts}
+    seen, waiting = {operation.node}, [operation.node]
+    while waiting:
+        for user in waiting.pop().users:
+            if user in cut:
+                return True
+            if user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return False
+
+
 def _spelled(operation: Operation) -> str:
     node = operation.node
-    why = "has no rule" if operation.rule is None else "needs all tokens, or is cheaper whole"
+    why = "has no rule" if operation.rule is None else "needs all tokens"
     where = " in ".join(filter(None, [source_line(node), module_path(node)]))
     return f"{node.name} = {node.target}, which {why}" + (f", at {where}" if where else "")
