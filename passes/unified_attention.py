@@ -83,12 +83,17 @@ class UnifiedAttention:
         ring = Ring(self.ranks.ring.group, self.ranks.ring.rank, self._tokens_of_rings(keys))
         if mask is not None and mask.meta["val"].shape[-1] == 1:  # one column for all keys: a ring takes it apart
             mask = sharder.write(aten.expand.default, mask, [*mask.meta["val"].shape[:-1], sum(ring.tokens)])
+        offset = None
+        if mask is not None and mask.meta["val"].dtype is not torch.bool:
+            largest = sharder.write(aten.amax.default, mask, [-1], True)
+            offset = sharder.write(aten.clamp.default, largest, torch.finfo(mask.meta["val"].dtype).min)
         result: fx.Node = ring_attention(
             sharder.write,
             query,
             key,
             value,
             mask,
+            offset,
             key_shape=key.meta["val"].shape,
             value_shape=value.meta["val"].shape,
             dtype=query.meta["val"].dtype,

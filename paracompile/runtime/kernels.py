@@ -23,13 +23,15 @@ aten = torch.ops.aten
 
 @torch.library.custom_op("paracompile::attention_with_lse", mutates_args=())
 def attention_with_lse(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Attention of (*batch, heads, queries, size) and its LSE in float32, (*batch, heads, queries).
 
     args:
         key, value: (*batch, key heads, keys, size); the key heads divide the heads (grouped-query attention).
         mask: boolean (True: sees) or additive, broadcastable to (*batch, heads, queries, keys).
+        offset: of an additive mask, (..., queries, 1): taken from each row's scores after the mask is added, and so
+            from its LSE. It changes no weight, but keeps the LSE exact where large numbers hide all of a row.
         scale: of the scores; 1/sqrt(size) if None.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -42,39 +44,53 @@ def attention_with_lse(
     query, key, value = (part.reshape(-1, *part.shape[-3:]) for part in (query, key, value))
     if mask is not None:
         mask = mask.expand(*batch, heads, queries, key.shape[-2]).reshape(-1, heads, queries, key.shape[-2])
+        if offset is not None:
+            offset = offset.expand(*batch, heads, queries, 1).reshape(-1, heads, queries, 1)
     kernel = _cuda if query.device.type == "cuda" else _cpu if query.device.type == "cpu" else reference
-    result, lse = kernel(query, key, value, mask, scale)
+    result, lse = kernel(query, key, value, mask, offset, scale)
     return result.reshape(shape).contiguous(), lse.reshape(shape[:-1]).contiguous()
 
 
 @attention_with_lse.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
     shape = (*query.shape[:-1], value.shape[-1])
     return query.new_empty(shape), query.new_empty(shape[:-1], dtype=torch.float32)
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def reference(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     """The definition, in float32 (float64 for double inputs)."""
     kind = torch.float64 if query.dtype is torch.float64 else torch.float32
     scores = query.to(kind) @ key.to(kind).transpose(-2, -1) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
+    if offset is not None:
+        scores = scores - offset
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1)).exp().masked_fill((lse == -math.inf).unsqueeze(-1), 0.0)
     return (weights @ value.to(kind)).to(query.dtype), lse.float()
 
 
-def _cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _cpu(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     if mask is not None or value.shape[-1] != key.shape[-1]:
-        return reference(query, key, value, mask, scale)
+        return reference(query, key, value, mask, offset, scale)
     result, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
     # The kernel's LSE is (batch, heads, queries) in meaning, whatever its strides.
     return result, lse.float()
 
 
-def _cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _cuda(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     if mask is not None and mask.dtype is torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
+    if mask is not None and offset is not None:
+        mask = mask - offset
     chosen = SDPBackend(torch._fused_sdp_choice(query, key, value, mask, 0.0, False, scale=scale))
     queries = query.shape[-2]
     if chosen is SDPBackend.FLASH_ATTENTION:
@@ -88,7 +104,7 @@ def _cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
         if mask is not None:
             lse = lse[..., :queries].masked_fill((mask == -math.inf).all(-1), -math.inf)
     else:
-        return reference(query, key, value, mask, scale)
+        return reference(query, key, value, mask, offset, scale)
     return result, lse[..., :queries].float()  # kernels pad the LSE to their block size
 
 

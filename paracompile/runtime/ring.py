@@ -47,6 +47,7 @@ def ring_attention(
     key: Any,
     value: Any,
     mask: Any | None,
+    offset: Any | None,
     *,
     key_shape: Sequence[int],
     value_shape: Sequence[int],
@@ -71,7 +72,7 @@ def ring_attention(
         if mask is not None:
             start = sum(ring.tokens[:holder])
             part = call(aten.slice.Tensor, mask, -1, start, start + ring.tokens[holder])
-        attended = call(torch.ops.paracompile.attention_with_lse.default, query, key, value, part, scale)
+        attended = call(torch.ops.paracompile.attention_with_lse.default, query, key, value, part, offset, scale)
         present, present_lse = (call(operator.getitem, attended, index) for index in (0, 1))
         result, lse = (
             (call(aten._to_copy.default, present, dtype=torch.float32), present_lse)
