@@ -32,6 +32,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import preserve_node_meta
 
 from paracompile.errors import GraphError
@@ -44,7 +45,7 @@ _RESHAPES = {aten.view.default, aten._unsafe_view.default}
 
 def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """Retraces `gm` into functional pre-dispatch ATen with static sizes; `gm` itself is not touched."""
-    fake_mode = detect_fake_mode(example_inputs) or FakeTensorMode(allow_non_fake_inputs=True)
+    fake_mode = detect_fake_mode(example_inputs) or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with fake_mode, _plain_inference():
         stand_ins = [_stand_in(value) for value in example_inputs]
         traced = make_fx(

@@ -61,7 +61,8 @@ def static_lengths(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.Grap
     for node in reversed(gm.graph.nodes):
         if node.target is aten._assert_scalar.default:
             gm.graph.erase_node(node)  # bounds of lengths that are gone
-    gm.graph.eliminate_dead_code()
+    # Attention counts as random, for its dropout, and so would not be dropped.
+    gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure(impure_random=False))
     gm.graph.lint()
     gm.recompile()
     return gm

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
-from families import FAMILIES, Inputs
+from families import ALL_FAMILIES, Inputs
 from lockstep import run_lockstep
 from torch import fx, nn
 
@@ -60,11 +61,12 @@ class Sharded:
     graphs: Sequence[fx.GraphModule]
     plans: Sequence[Plan]
     reports: Sequence[Report]
+    mesh: dict[str, int]
 
     def run(self, arguments: Sequence[Any]) -> list[torch.Tensor]:
         """The first output of every rank."""
         with torch.no_grad():
-            return [outputs[0] for outputs in run_lockstep(self.graphs, [arguments] * len(self.graphs))]
+            return [outputs[0] for outputs in run_lockstep(self.graphs, [arguments] * len(self.graphs), self.mesh)]
 
 
 def captured(family: str, **sizes: Any) -> Captured:
@@ -77,14 +79,19 @@ def sharded(family: str, ranks: int, **sizes: Any) -> Sharded:
     return _sharded(family, ranks, tuple(sorted(sizes.items())))
 
 
+def sharded_on(mesh: dict[str, int], family: str, **sizes: Any) -> Sharded:
+    """The graphs of the ranks of a mesh, given as sizes by axis; not cached."""
+    return shard(captured(family, **sizes), mesh)
+
+
 @cache
 def _captured(family: str, sizes: tuple[tuple[str, Any], ...]) -> Captured:
-    return capture(*FAMILIES[family].build(**dict(sizes)))
+    return capture(*ALL_FAMILIES[family].build(**dict(sizes)))
 
 
 @cache
 def _sharded(family: str, ranks: int, sizes: tuple[tuple[str, Any], ...]) -> Sharded:
-    return shard(_captured(family, sizes), ranks)
+    return shard(_captured(family, sizes), {"ulysses": ranks})
 
 
 def capture(model: Callable[..., Any], inputs: Inputs) -> Captured:
@@ -104,27 +111,24 @@ def capture(model: Callable[..., Any], inputs: Inputs) -> Captured:
     torch._dynamo.reset()
     with torch.no_grad():
         (expected,) = model(**inputs)
-        torch.compile(model, backend=backend)(**inputs)
+        torch.compile(model, backend=backend, fullgraph=True)(**inputs)
     assert isinstance(model, nn.Module)
     return Captured(model, inputs, len(graphs), *graphs[0], arguments[0], expected)
 
 
-def shard(of: Captured, ranks: int) -> Sharded:
-    """Runs the passes for every rank of `ranks`."""
-    plans: list[Plan] = []
+def shard(of: Captured, mesh: dict[str, int]) -> Sharded:
+    """Runs the passes for every rank of a mesh, given as sizes by axis."""
+    ranks = prod(mesh.values())
+    plans: list[list[Plan]] = [[] for _ in range(ranks)]
     graphs = [
-        run_passes(
-            of.gm,
-            of.example_inputs,
-            pipeline(Ranks.simulated(ulysses=ranks, rank=rank), planned=plans.append),
-        )
+        run_passes(of.gm, of.example_inputs, pipeline(Ranks.simulated(**mesh, rank=rank), planned=plans[rank].append))
         for rank in range(ranks)
     ]
     reports = [
-        report_of([plan], ranks, gm, operations(gm.graph, rule_for), flops_of)
-        for plan, gm in zip(plans, graphs, strict=True)
+        report_of(of_rank, ranks, gm, operations(gm.graph, rule_for), flops_of)
+        for of_rank, gm in zip(plans, graphs, strict=True)
     ]
-    return Sharded(graphs, plans, reports)
+    return Sharded(graphs, [of_rank[-1] for of_rank in plans], reports, mesh)
 
 
 def deviation(found: torch.Tensor, expected: torch.Tensor, rtol: float = RTOL, atol: float = ATOL) -> float:

@@ -179,9 +179,145 @@ def cogvideox(
     return randomise(model), inputs
 
 
+def padding_mask(batch: int, text: int, hidden: tuple[int, ...] = (5, 0, 2)) -> torch.Tensor:
+    """A boolean mask (batch, text) whose rows have different real lengths."""
+    mask = torch.ones(batch, text, dtype=torch.bool)
+    for row in range(batch):
+        mask[row, text - hidden[row % len(hidden)] :] = False
+    return mask
+
+
+def hunyuan_video(
+    heads: int = 4,
+    size: tuple[int, int, int] = (3, 8, 12),
+    text: int = 20,
+    batch: int = 2,
+    condition: str | None = None,
+) -> tuple[nn.Module, Inputs]:
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    model = HunyuanVideoTransformer3DModel(
+        in_channels=5,
+        out_channels=5,
+        num_attention_heads=heads,
+        attention_head_dim=16,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        mlp_ratio=3.0,
+        patch_size=2,
+        patch_size_t=1,
+        text_embed_dim=28,
+        pooled_projection_dim=36,
+        rope_axes_dim=(4, 6, 6),
+        image_condition_type=condition,
+    )
+    inputs = dict(
+        hidden_states=draw(batch, 5, *size),
+        timestep=torch.linspace(100.0, 900.0, batch),
+        encoder_hidden_states=draw(batch, text, 28, seed=2),
+        encoder_attention_mask=padding_mask(batch, text).long(),
+        pooled_projections=draw(batch, 36, seed=3),
+        guidance=torch.linspace(2000.0, 4000.0, batch),
+        return_dict=False,
+    )
+    return randomise(model), inputs
+
+
+def ltx_video(
+    heads: int = 4, size: tuple[int, int, int] = (3, 4, 6), text: int = 20, batch: int = 2
+) -> tuple[nn.Module, Inputs]:
+    from diffusers import LTXVideoTransformer3DModel
+
+    model = LTXVideoTransformer3DModel(
+        in_channels=10,
+        out_channels=10,
+        num_attention_heads=heads,
+        attention_head_dim=18,
+        cross_attention_dim=18 * heads,
+        num_layers=2,
+        caption_channels=28,
+    )
+    frames, height, width = size
+    inputs = dict(
+        hidden_states=draw(batch, frames * height * width, 10),
+        encoder_hidden_states=draw(batch, text, 28, seed=2),
+        timestep=torch.linspace(100.0, 900.0, batch),
+        encoder_attention_mask=padding_mask(batch, text).long(),
+        num_frames=frames,
+        height=height,
+        width=width,
+        rope_interpolation_scale=(0.3, 32.0, 32.0),
+        return_dict=False,
+    )
+    return randomise(model), inputs
+
+
+def qwen_image(
+    heads: int = 4, image: tuple[int, int] = (6, 8), text: int = 20, batch: int = 2
+) -> tuple[nn.Module, Inputs]:
+    from diffusers import QwenImageTransformer2DModel
+
+    model = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=20,
+        out_channels=5,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=heads,
+        joint_attention_dim=28,
+        axes_dims_rope=(4, 6, 6),
+    )
+    inputs = dict(
+        hidden_states=draw(batch, image[0] * image[1], 20),
+        encoder_hidden_states=draw(batch, text, 28, seed=2),
+        encoder_hidden_states_mask=padding_mask(batch, text),
+        timestep=torch.linspace(0.1, 0.9, batch),
+        img_shapes=[[(1, *image)]] * batch,
+        return_dict=False,
+    )
+    return randomise(model), inputs
+
+
+def mochi(
+    heads: int = 4, size: tuple[int, int, int] = (3, 8, 12), text: int = 20, batch: int = 2
+) -> tuple[nn.Module, Inputs]:
+    from diffusers import MochiTransformer3DModel
+
+    model = MochiTransformer3DModel(
+        patch_size=2,
+        num_attention_heads=heads,
+        attention_head_dim=16,
+        num_layers=2,
+        pooled_projection_dim=36,
+        in_channels=5,
+        text_embed_dim=32,
+        time_embed_dim=28,
+        max_sequence_length=text,
+    )
+    inputs = dict(
+        hidden_states=draw(batch, 5, *size),
+        encoder_hidden_states=draw(batch, text, 32, seed=2),
+        timestep=torch.linspace(100.0, 900.0, batch),
+        encoder_attention_mask=padding_mask(batch, text),
+        return_dict=False,
+    )
+    return randomise(model), inputs
+
+
 FAMILIES: dict[str, Family] = {
     "flux": Family(flux, self_attentions=4),
     "stable_diffusion_3": Family(stable_diffusion_3, self_attentions=4),
     "wan": Family(wan, self_attentions=3, cross_attentions=3),
     "cogvideox": Family(cogvideox, self_attentions=3),
 }
+
+MASKED_FAMILIES: dict[str, Family] = {
+    "hunyuan_video": Family(hunyuan_video, self_attentions=4),
+    "ltx_video": Family(ltx_video, self_attentions=2, cross_attentions=2),
+    "qwen_image": Family(qwen_image, self_attentions=2),
+    "mochi": Family(mochi, self_attentions=2),
+}
+"""Families whose text is padded and masked."""
+
+ALL_FAMILIES = FAMILIES | MASKED_FAMILIES
