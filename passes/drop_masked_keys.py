@@ -5,8 +5,8 @@
     o = attention(q, k, v, attn_mask=m)                  o = attention_to_visible(q, k, v, order, windows)
 
 Only boolean masks that hide the same keys from all heads and all queries of a row (their shape says so) are replaced:
-what such a mask hides takes no part at all. Runs after sharding, where masks lie in the order in which keys arrive; a
-ring's steps keep their masks.
+what such a mask hides takes no part at all. Masks that are computed alike (some models build theirs anew in each block)
+are one mask. Runs after sharding, where masks lie in the order in which keys arrive; a ring's steps keep their masks.
 """
 
 from __future__ import annotations
@@ -33,24 +33,27 @@ def drop_masked_keys(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.Gr
         return gm
     fake_mode = detect_fake_mode([node.meta["val"] for node in gm.graph.nodes if is_tensor(node)])
     assert fake_mode is not None
+    first_alike = _first_alike(gm.graph)
     visible: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     for node in found:
         arguments = named_arguments(node)
-        mask = arguments["attn_mask"]
+        mask = first_alike[arguments["attn_mask"]]
         write = GraphWriter(fake_mode, gm.graph)
         write.origin = node
         if mask not in visible:
             visible[mask] = _visible(write, mask)
         with gm.graph.inserting_before(node):
+            operands = [_as_computed(write, arguments[name], node) for name in ("query", "key", "value")]
             attended = write(
                 torch.ops.paracompile.attention_to_visible.default,
-                *(arguments[name] for name in ("query", "key", "value")),
+                *operands,
                 *visible[mask],
                 arguments["scale"],
                 arguments["enable_gqa"],
             )
         node.replace_all_uses_with(attended)
         gm.graph.erase_node(node)
+        _erase_unused(arguments["attn_mask"])
     gm.graph.lint()
     gm.recompile()
     return gm
@@ -61,16 +64,18 @@ def hides_keys_only(node: fx.Node) -> bool:
     if node.target is not aten.scaled_dot_product_attention.default:
         return False
     arguments = named_arguments(node)
-    query, mask = arguments["query"], arguments["attn_mask"]
-    if not _is_node(query) or not _is_node(mask) or arguments["is_causal"] or arguments["dropout_p"]:
+    mask = arguments["attn_mask"]
+    if not _is_node(mask) or arguments["is_causal"] or arguments["dropout_p"]:
         return False
-    values, rows = mask.meta["val"], query.meta["val"].shape
+    values = mask.meta["val"]
+    query, key, value = (arguments[name].meta["val"].shape for name in ("query", "key", "value"))
     return bool(
         values.dtype is torch.bool
-        and len(rows) == values.dim() == 4
-        and values.shape[1] == values.shape[2] == 1
-        and values.shape[0] in (1, rows[0])
-        and arguments["key"].meta["val"].shape[0] == rows[0]
+        and len(query) == values.dim() == 4
+        and values.shape[0] in (1, query[0])
+        and tuple(values.shape[1:]) == (1, 1, key[2])  # not one column for all keys
+        and query[0] == key[0] == value[0]
+        and tuple(node.meta["val"].shape) == (*query[:3], value[3])  # nothing else is broadcast
     )
 
 
@@ -83,10 +88,53 @@ def _is_node(argument: Any) -> TypeGuard[fx.Node]:
     return isinstance(argument, fx.Node)
 
 
+def _first_alike(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """For each node the first one of the graph that computes the same: the same ATen operator of the same arguments."""
+    first: dict[fx.Node, fx.Node] = {}
+    known: dict[tuple[object, ...], fx.Node] = {}
+    for node in graph.nodes:
+        first[node] = node
+        if _is_pure(node):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), first.__getitem__)
+            made = node.meta["val"]
+            dtype = made.dtype if isinstance(made, torch.Tensor) else None  # autocast makes it differ
+            first[node] = known.setdefault((node.target, repr(args), repr(kwargs), dtype), node)
+    return first
+
+
+def _is_pure(node: fx.Node) -> bool:
+    target = node.target
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and target.namespace == "aten"
+        and not target._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in target.tags
+    )
+
+
+def _erase_unused(node: fx.Node) -> None:
+    """Erases a node that nobody uses any more, and what only it used."""
+    if node.users or not _is_pure(node):
+        return
+    used = node.all_input_nodes
+    node.graph.erase_node(node)
+    for other in used:
+        _erase_unused(other)
+
+
+def _as_computed(write: GraphWriter, operand: fx.Node, attention: fx.Node) -> fx.Node:
+    """`operand` in the type in which `attention` computes, which autocast may have chosen."""
+    dtype = attention.meta["val"].dtype
+    if operand.meta["val"].dtype is dtype:
+        return operand
+    return write(aten._to_copy.default, operand, dtype=dtype)
+
+
 def _visible(write: GraphWriter, mask: fx.Node) -> tuple[fx.Node, fx.Node]:
     """`visible_keys` of a mask of shape (batch or 1, 1, 1, keys), written in order behind it."""
     shape = mask.meta["val"].shape
-    with write.graph.inserting_after(mask):
+    inputs = write.graph.find_nodes(op="placeholder")
+    with write.graph.inserting_after(inputs[-1] if mask in inputs else mask):
         flat = write(aten.reshape.default, mask, [shape[0], shape[3]])
     with write.graph.inserting_after(flat):
         found = write(torch.ops.paracompile.visible_keys.default, flat)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._guards import detect_fake_mode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from paracompile.layout.graph import is_tensor, named_arguments
 from paracompile.passes.writer import GraphWriter
@@ -35,6 +36,11 @@ class Joined:
     part: fx.Node
     mask: fx.Node
 
+    def whole(self, number: int, count: int) -> tuple[fx.Node, fx.Node] | None:
+        """What `always` and `part` are row `number` of, in a batch of `count`; None if they are no such rows."""
+        always, part = (_whole(node, number, count) for node in (self.always, self.part))
+        return None if always is None or part is None else (always, part)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -44,6 +50,14 @@ class Row:
     query: Joined
     key: Joined
     value: Joined
+
+    def settings(self) -> tuple[Any, Any]:
+        arguments = named_arguments(self.attention)
+        return arguments["scale"], arguments["enable_gqa"]
+
+    def whole(self, number: int, count: int) -> list[tuple[fx.Node, fx.Node] | None]:
+        """Of query, key and value, what this is row `number` of."""
+        return [joined.whole(number, count) for joined in (self.query, self.key, self.value)]
 
 
 def static_lengths(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -76,19 +90,19 @@ def find_rows(node: fx.Node) -> list[Row] | None:
     found = [row for row in rows if row is not None]
     if not found or len(found) != len(rows):
         return None
-    in_order = all(
-        _is_row(joined.always, number, len(rows)) and _is_row(joined.part, number, len(rows))
-        for number, row in enumerate(found)
-        for joined in (row.query, row.key, row.value)
-    )
-    return found if in_order else None
+    sources = [row.whole(number, len(rows)) for number, row in enumerate(found)]
+    of_one_batch = None not in sources[0] and all(other == sources[0] for other in sources)
+    return found if of_one_batch and len({row.settings() for row in found}) == 1 else None
 
 
 def _row(node: Any) -> Row | None:
     """`pad(attention(q, k, v), [0, 0, 0, total - length])`."""
     if not isinstance(node, fx.Node) or node.target is not aten.pad.default:
         return None
-    attention, padding = node.args[0], node.args[1]
+    padded = named_arguments(node)
+    attention, padding = padded["self"], padded["pad"]
+    if padded["mode"] != "constant" or padded["value"]:
+        return None
     if not isinstance(attention, fx.Node) or attention.target is not aten.scaled_dot_product_attention.default:
         return None
     arguments = named_arguments(attention)
@@ -96,11 +110,13 @@ def _row(node: Any) -> Row | None:
     query, key, value = joined
     if query is None or key is None or value is None or len({part.mask for part in (query, key, value)}) > 1:
         return None
-    if arguments["attn_mask"] is not None or arguments["is_causal"] or len(attention.users) > 1:
+    if arguments["attn_mask"] is not None or arguments["is_causal"] or arguments["dropout_p"]:
+        return None
+    if len(attention.users) > 1:
         return None
     total = query.always.meta["val"].shape[2] + query.part.meta["val"].shape[2]
     fills_up = isinstance(padding, (list, tuple)) and list(padding[:3]) == [0, 0, 0] and len(padding) == 4
-    if not fills_up or node.meta["val"].shape[2] != total:
+    if not fills_up or not statically_known_true(node.meta["val"].shape[2] == total):
         return None
     return Row(attention, query, key, value)
 
@@ -122,7 +138,9 @@ def _joined(node: Any) -> Joined | None:
     if len(indices) != 3 or indices[0] is not None or indices[1] is not None:
         return None
     mask = _selected_by(indices[2])
-    return Joined(always, part, mask) if mask is not None else None
+    if mask is None or not statically_known_true(mask.meta["val"].shape[0] == part.meta["val"].shape[2]):
+        return None
+    return Joined(always, part, mask)
 
 
 def _selected_by(node: Any) -> fx.Node | None:
@@ -136,43 +154,38 @@ def _selected_by(node: Any) -> fx.Node | None:
     return mask if vector else None  # type: ignore[return-value]
 
 
-def _is_row(node: fx.Node, number: int, count: int) -> bool:
-    """Whether `node` is row `number` of a batch of `count`."""
-    if count == 1 and node.meta["val"].shape[0] == 1:
-        return True
+def _whole(node: fx.Node, number: int, count: int) -> fx.Node | None:
+    """What `node` is row `number` of, in a batch of `count`."""
+    if count == 1:
+        return node if node.meta["val"].shape[0] == 1 else None
     if node.target is not aten.slice.Tensor:
-        return False
+        return None
     arguments = named_arguments(node)
-    source = arguments["self"].meta["val"]
+    source: fx.Node = arguments["self"]
     window = (arguments["dim"], arguments["start"] or 0, arguments["end"], arguments["step"])
-    return source.shape[0] == count and window == (0, number, number + 1, 1)
-
-
-def _whole(node: fx.Node, count: int) -> Any:
-    return node if count == 1 and node.target is not aten.slice.Tensor else node.args[0]
+    is_row = source.meta["val"].shape[0] == count and window == (0, number, number + 1, 1)
+    return source if is_row else None
 
 
 def _attend(write: GraphWriter, rows: Sequence[Row]) -> fx.Node:
     first, count = rows[0], len(rows)
-    always, part = (_whole(node, count).meta["val"].shape[2] for node in (first.query.always, first.query.part))
+    wholes = [joined for joined in first.whole(0, count) if joined is not None]
+    (always, part), (keys, _), _ = ([node.meta["val"].shape[2] for node in whole] for whole in wholes)
     masks = [row.query.mask for row in rows]
     mask = write(aten.ne.Scalar, write(aten.stack.default, masks), 0)
     everywhere = write(
-        aten.ones.default, [count, always], dtype=torch.bool, device=mask.meta["val"].device, pin_memory=False
+        aten.ones.default, [count, keys], dtype=torch.bool, device=mask.meta["val"].device, pin_memory=False
     )
     seen = write(aten.cat.default, [everywhere, mask], 1)
     seen = write(aten.unsqueeze.default, write(aten.unsqueeze.default, seen, 1), 1)
-    joined = [
-        write(aten.cat.default, [_whole(sequence.always, count), _whole(sequence.part, count)], 2)
-        for sequence in (first.query, first.key, first.value)
-    ]
-    arguments = named_arguments(first.attention)
+    joined = [write(aten.cat.default, list(whole), 2) for whole in wholes]
+    scale, enable_gqa = first.settings()
     attended = write(
         aten.scaled_dot_product_attention.default,
         *joined,
         seen,
-        scale=arguments["scale"],
-        enable_gqa=arguments["enable_gqa"],
+        scale=scale,
+        enable_gqa=enable_gqa,
     )
     head = write(aten.slice.Tensor, attended, 2, 0, always)
     tail = write(aten.slice.Tensor, attended, 2, always, always + part)

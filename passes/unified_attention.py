@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from paracompile.errors import GraphError
-from paracompile.layout.graph import Operation, Value, shape_of
+from paracompile.layout.graph import Operation, shape_of
 from paracompile.layout.places import Attention
 from paracompile.layout.plan import Plan, Sharding, Shares
 from paracompile.mesh import Ranks
@@ -44,15 +44,15 @@ class UnifiedAttention:
         received: dict[int, fx.Node] = {}
         # v first: its exchange runs while k and q are still being normalised and rotated.
         for slot, sharding in ((attention.value, keys), (attention.key, keys), (attention.query, queries)):
-            node = sharder.operand(operation, slot)
-            exchange = self._exchange(operation.operands[slot], sharding)
+            node = self._heads_alike(sharder, attention, slot, sharder.operand(operation, slot))
+            exchange = self._exchange(attention, node.meta["val"].shape[-3], sharding)
             received[slot] = tokens_to_heads(sharder.write, node, node.meta["val"].shape, exchange)
         mask = self._mask(sharder, attention, queries, keys)
         if self.ranks.ring.size == 1:
             result = self._local(sharder, attention, received, mask)
         else:
             result = self._ring(sharder, attention, received, mask, keys)
-        exchange = self._exchange(operation.operands[attention.query], queries)
+        exchange = self._exchange(attention, shape_of(operation.operands[attention.query])[-3], queries)
         back: fx.Node = heads_to_tokens(sharder.write, result, result.meta["val"].shape, exchange)
         return back
 
@@ -60,6 +60,7 @@ class UnifiedAttention:
         self, sharder: Sharder, attention: Attention, received: dict[int, fx.Node], mask: fx.Node | None
     ) -> fx.Node:
         arguments = _arguments(attention)
+        query, key = (received[slot].meta["val"].shape[-3] for slot in (attention.query, attention.key))
         return sharder.write(
             aten.scaled_dot_product_attention.default,
             *(received[slot] for slot in (attention.query, attention.key, attention.value)),
@@ -67,7 +68,7 @@ class UnifiedAttention:
             0.0,
             False,
             scale=arguments["scale"],
-            enable_gqa=arguments["enable_gqa"],
+            enable_gqa=query != key,
         )
 
     def _ring(
@@ -108,13 +109,12 @@ class UnifiedAttention:
         size = self.ranks.ulysses.size
         return tuple(sum(local[start : start + size]) for start in range(0, len(local), size))
 
-    def _exchange(self, value: Value, sharding: Sharding) -> Exchange:
+    def _exchange(self, attention: Attention, heads: int, sharding: Sharding) -> Exchange:
         axis, first = self.ranks.ulysses, self.ranks.ring.rank * self.ranks.ulysses.size
-        heads = shape_of(value)[-3]
         return Exchange(
             group=axis.group,
             rank=axis.rank,
-            heads=Shares(axis.size, heads).of(heads),
+            heads=self._shares(attention, heads),
             tokens=tuple(self.plan.shares.local(sharding.segments, first + rank) for rank in range(axis.size)),
         )
 
@@ -123,18 +123,31 @@ class UnifiedAttention:
         assert sharding is not None
         return sharding
 
+    def _heads_alike(self, sharder: Sharder, attention: Attention, slot: int, node: fx.Node) -> fx.Node:
+        """Keys and values with fewer heads than there are ranks to share them, repeated to the queries' heads."""
+        query, key = (shape_of(attention.operation.operands[other])[-3] for other in (attention.query, attention.key))
+        if slot == attention.query or query == key or key >= self.ranks.ulysses.size:
+            return node
+        repeated: fx.Node = sharder.write(aten.repeat_interleave.self_int, node, query // key, -3)
+        return repeated
+
+    def _shares(self, attention: Attention, heads: int) -> tuple[int, ...]:
+        """Heads of each rank; grouped queries are shared out with the key head that they attend with."""
+        keys = shape_of(attention.operation.operands[attention.key])[-3]
+        size = self.ranks.ulysses.size
+        groups = keys if size <= keys <= heads else heads
+        return tuple(count * (heads // groups) for count in Shares(size, groups).of(groups))
+
     def _check(self, attention: Attention) -> None:
         operands = attention.operation.operands
         query, key, value = (shape_of(operands[slot])[-3] for slot in (attention.query, attention.key, attention.value))
-        if key != value or query != key:
-            groups_cut = Shares(self.ranks.ulysses.size, key).of(key)
-            if not _arguments(attention)["enable_gqa"] or key != value or len(set(groups_cut)) > 1:
-                raise GraphError(
-                    attention.operation.node,
-                    f"its numbers of heads (query {query}, key {key}, value {value}) cannot be shared by the "
-                    f"{self.ranks.ulysses.size} ranks of the ulysses axis",
-                    "let the key heads divide by the size of the ulysses axis, or use the ring axis",
-                )
+        grouped = bool(_arguments(attention)["enable_gqa"]) and query % key == 0
+        if key != value or (query != key and not grouped):
+            raise GraphError(
+                attention.operation.node,
+                f"its numbers of heads (query {query}, key {key}, value {value}) cannot be shared by ranks",
+                "give keys and values the same number of heads, one that divides the queries' (with enable_gqa)",
+            )
 
     # Masks
 
@@ -145,13 +158,15 @@ class UnifiedAttention:
         value = attention.operation.operands[attention.mask] if attention.mask is not None else None
         lengths = tuple(shape_of(attention.operation.operands[slot])[-2] for slot in (attention.query, attention.key))
         heads = shape_of(attention.operation.operands[attention.query])[-3]
-        key = (value, queries.segments, keys.segments, heads, lengths)
+        key = (value, queries.segments, keys.segments, self._shares(attention, heads), lengths)
         if key not in self.masks:
             whole = sharder.whole_form(value) if value is not None else _causal(sharder, attention, lengths)
-            self.masks[key] = self._arranged(sharder, whole, queries, keys, heads)
+            self.masks[key] = self._arranged(sharder, whole, queries, keys, self._shares(attention, heads))
         return self.masks[key]
 
-    def _arranged(self, sharder: Sharder, mask: fx.Node, queries: Sharding, keys: Sharding, heads: int) -> fx.Node:
+    def _arranged(
+        self, sharder: Sharder, mask: fx.Node, queries: Sharding, keys: Sharding, heads: tuple[int, ...]
+    ) -> fx.Node:
         shape = mask.meta["val"].shape
         for dim, sharding in ((len(shape) - 2, queries), (len(shape) - 1, keys)):
             if shape[dim] > 1:
@@ -160,8 +175,7 @@ class UnifiedAttention:
             tokens = self._tokens_of_rings(queries)
             mask = _part(sharder, mask, len(shape) - 2, tokens, self.ranks.ring.rank)
         if len(shape) > 2 and shape[-3] > 1:
-            shares = Shares(self.ranks.ulysses.size, heads).of(heads)
-            mask = _part(sharder, mask, len(shape) - 3, shares, self.ranks.ulysses.rank)
+            mask = _part(sharder, mask, len(shape) - 3, heads, self.ranks.ulysses.rank)
         return mask
 
 

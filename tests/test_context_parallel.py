@@ -494,15 +494,16 @@ def test_a_batch_smaller_than_its_axis_is_refused() -> None:
         shard(randomise(Transformer()), [image_tokens()], {"batch": 3})
 
 
+@pytest.mark.parametrize("mesh", [2, 4, {"ring": 2}, {"ring": 2, "ulysses": 2}], ids=mesh_name)
+@pytest.mark.parametrize("queries, keys", [(6, 3), (6, 1), (9, 3), (2, 1)])
+def test_key_heads_that_do_not_divide(queries: int, keys: int, mesh: Mesh) -> None:
+    model = randomise(Attend(queries=queries, keys=keys, enable_gqa=True))
+    mask = mask_of((BATCH, queries, IMAGE, IMAGE), False)
+    assert_sharded(model, [image_tokens(WIDTH)], mesh)
+    assert_sharded(masked(model), [image_tokens(WIDTH), mask], mesh)
+
+
 # What is refused
-
-
-def test_key_heads_that_do_not_divide_are_refused_by_ulysses_and_work_in_a_ring() -> None:
-    model = randomise(Attend(queries=6, keys=3, enable_gqa=True))
-    with pytest.raises(GraphError, match="query 6, key 3, value 3") as caught:
-        shard(model, [image_tokens(WIDTH)], 2)
-    assert "use the ring axis" in str(caught.value)
-    assert_sharded(model, [image_tokens(WIDTH)], {"ring": 2})
 
 
 def test_dropout_in_attention_is_refused() -> None:
