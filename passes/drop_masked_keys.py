@@ -96,7 +96,7 @@ def _first_alike(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
         first[node] = node
         if _is_pure(node):
             args, kwargs = fx.map_arg((node.args, node.kwargs), first.__getitem__)
-            made = node.meta["val"]
+            made = node.meta.get("val")
             dtype = made.dtype if isinstance(made, torch.Tensor) else None  # autocast makes it differ
             first[node] = known.setdefault((node.target, repr(args), repr(kwargs), dtype), node)
     return first
