@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +22,8 @@ from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 from paracompile.options import Options
 from paracompile.overlap import inductor_settings
-from paracompile.passes import pipeline, run_passes
+from paracompile.passes import local_lengths, pipeline, run_passes
+from paracompile.passes.attention_on_shards import Lengths
 from paracompile.passes.context_parallel import flops_of
 from paracompile.passes.drop_masked_keys import attends_to_visible
 from paracompile.patterns.rules import rule_for
@@ -62,21 +64,21 @@ def paracompile(
             chosen.report(Report(ranks=1))
         return compiled
 
+    lengths = None if chosen.shard_inputs else _lengths(gm, ranks, agreement)
     with agreement.stage("plan") as facts:
         _check_gradients(gm, example_inputs)
         plans: list[Plan] = []
         done: list[Operation] = []
 
         def after(name: str, graph: fx.GraphModule) -> None:
-            if name == "normalise":
+            if name == "normalise" and lengths is None:  # graphs of shards differ in their sizes
                 facts["graph"] = graph.print_readable(print_output=False, include_stride=True)
             if name == "schedule":  # the last graph that is all ATen
                 done.extend(operations(graph.graph, rule_for))
             dump(name, graph)
 
-        local = run_passes(
-            gm, example_inputs, pipeline(ranks, planned=plans.append, drop_keys=chosen.drop_masked_keys), after=after
-        )
+        passes = pipeline(ranks, planned=plans.append, drop_keys=chosen.drop_masked_keys, lengths=lengths)
+        local = run_passes(gm, example_inputs, passes, after=after)
         facts["plan"] = "\n".join(map(describe, plans))
     with agreement.stage("compile"):
         compiled = _compile(local, example_inputs, chosen, inductor_settings())
@@ -84,13 +86,22 @@ def paracompile(
     if chosen.report is not None:
         chosen.report(report_of(plans, ranks.size, local, done, flops_of))
     agree = InputAgreement(
-        mode=chosen.inputs,
+        mode=chosen.inputs if chosen.shard_inputs else "trust",
         indices=tuple(index for index, node in _placeholders(gm) if not _is_static(node)),
         group=ranks.group,
         source=ranks.members[0],
         names=tuple(node.name for _, node in _placeholders(gm) if not _is_static(node)),
     )
     return lambda *args: compiled(*agree(args))
+
+
+def _lengths(gm: fx.GraphModule, ranks: Ranks, agreement: Agreement) -> list[Lengths]:
+    """The lengths of the shards of all ranks that share this rank's sequence, in its order."""
+    said = agreement.exchange("lengths", facts={}, own=json.dumps(local_lengths(gm)))
+    by_rank = dict(zip(agreement.ranks, said, strict=True))
+    first = ranks.batch.rank * ranks.sequence_size
+    members = ranks.members[first : first + ranks.sequence_size]
+    return [[(query, key) for query, key in json.loads(by_rank[member])] for member in members]
 
 
 def _members(options: Any) -> tuple[int, ...]:

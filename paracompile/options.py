@@ -43,6 +43,10 @@ class Options:
     rdt: float | None = None
     """Threshold of the first block cache, a ratio (residual difference); 0 and None are off."""
 
+    shard_inputs: bool = True
+    """False: the inputs are this rank's shards already, cut as `torch.chunk` cuts them, and so are the outputs; only
+    attention is changed. `inputs` is then "trust"."""
+
     drop_masked_keys: bool = True
     """Where a mask only hides keys (padding), attend to the visible ones with the fast kernel and no mask."""
 
@@ -90,8 +94,11 @@ class Options:
             raise OptionError("mesh", self.mesh, "give a DeviceMesh, such as paracompile.init_mesh builds, or None")
         _one_of("inputs", self.inputs, get_args(InputMode))
         _one_of("compiler", self.compiler, get_args(Compiler))
-        if not isinstance(self.drop_masked_keys, bool):
-            raise OptionError("drop_masked_keys", self.drop_masked_keys, "give True or False")
+        for key in ("shard_inputs", "drop_masked_keys"):
+            if not isinstance(getattr(self, key), bool):
+                raise OptionError(key, getattr(self, key), "give True or False")
+        if not self.shard_inputs and self.inputs == "check":
+            raise OptionError("inputs", self.inputs, "shards differ from rank to rank: leave it out")
         object.__setattr__(self, "rdt", _rdt(self.rdt))
         object.__setattr__(self, "inductor", _inductor(self.inductor))
         if self.mode is not None:
@@ -124,6 +131,7 @@ class Options:
             else (self.mesh.device_type, self.mesh.mesh_dim_names, self.mesh.mesh.tolist()),
             "inputs": self.inputs,
             "rdt": self.rdt or None,
+            "shard_inputs": self.shard_inputs,
             "drop_masked_keys": self.drop_masked_keys,
             "compiler": self.compiler,
             "mode": None if self.mode == "default" else self.mode,

@@ -17,6 +17,7 @@ from torch import fx
 from paracompile.errors import ParacompileError
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
+from paracompile.passes.attention_on_shards import Lengths, attention_on_shards, local_lengths
 from paracompile.passes.context_parallel import batch_parallel, context_parallel
 from paracompile.passes.drop_masked_keys import drop_masked_keys
 from paracompile.passes.normalise import normalise
@@ -24,7 +25,7 @@ from paracompile.passes.schedule import schedule
 from paracompile.passes.static_lengths import static_lengths
 from paracompile.passes.subclasses import dispatch_on_subclasses
 
-__all__ = ["Pass", "check_contracts", "pipeline", "run_passes"]
+__all__ = ["Pass", "check_contracts", "local_lengths", "pipeline", "run_passes"]
 
 
 @dataclass(frozen=True)
@@ -50,37 +51,38 @@ class Pass:
 
 
 def pipeline(
-    ranks: Ranks, *, planned: Callable[[Plan], object] = lambda plan: None, drop_keys: bool = True
+    ranks: Ranks,
+    *,
+    planned: Callable[[Plan], object] = lambda plan: None,
+    drop_keys: bool = True,
+    lengths: Sequence[Lengths] | None = None,
 ) -> list[Pass]:
     """The passes for a graph that is shared by `ranks`, in order.
 
     args:
         planned: told each plan as it is made.
         drop_keys: drop keys that a mask hides from all.
+        lengths: the graph's inputs are shards already, of these lengths on each rank (see `local_lengths`).
     """
+    aten, static = frozenset({"functional ATen"}), frozenset({"functional ATen", "static lengths"})
+
+    def shard(run: Callable[..., fx.GraphModule], provides: str) -> Pass:
+        return Pass(run, requires=static, provides=provides, conflicts=frozenset({provides}))
+
+    cuts = []
+    if lengths is not None:
+        cuts.append(shard(partial(attention_on_shards, ranks=ranks, lengths=lengths), "local tokens"))
+    if lengths is None and ranks.batch.size > 1:
+        cuts.append(shard(partial(batch_parallel, axis=ranks.batch, planned=planned), "local rows"))
+    if lengths is None and ranks.sequence_size > 1:
+        cuts.append(shard(partial(context_parallel, ranks=ranks, planned=planned), "local tokens"))
     return [
         Pass(normalise, provides="functional ATen"),
-        Pass(static_lengths, requires=frozenset({"functional ATen"}), provides="static lengths"),
-        *(
-            Pass(
-                run,
-                requires=frozenset({"functional ATen", "static lengths"}),
-                provides=provides,
-                conflicts=frozenset({provides}),
-            )
-            for run, provides, wanted in (
-                (partial(batch_parallel, axis=ranks.batch, planned=planned), "local rows", ranks.batch.size > 1),
-                (partial(context_parallel, ranks=ranks, planned=planned), "local tokens", ranks.sequence_size > 1),
-            )
-            if wanted
-        ),
-        *(
-            [Pass(drop_masked_keys, requires=frozenset({"functional ATen"}), provides="visible keys only")]
-            if drop_keys
-            else []
-        ),
-        Pass(schedule, requires=frozenset({"functional ATen"}), provides="overlap"),
-        Pass(dispatch_on_subclasses, requires=frozenset({"functional ATen"}), provides="subclasses asked"),
+        Pass(static_lengths, requires=aten, provides="static lengths"),
+        *cuts,
+        *([Pass(drop_masked_keys, requires=aten, provides="visible keys only")] if drop_keys else []),
+        Pass(schedule, requires=aten, provides="overlap"),
+        Pass(dispatch_on_subclasses, requires=aten, provides="subclasses asked"),
     ]
 
 

@@ -56,7 +56,7 @@ def context_parallel(
     planned(plan)
     _check_randomness(plan)
     _check_attention(plan, axis)
-    return Sharder(gm, plan, axis, UnifiedAttention(plan, ranks)).run()
+    return Sharder(gm, plan, axis, UnifiedAttention(ranks, plan.shares, plan.operand)).run()
 
 
 def batch_parallel(

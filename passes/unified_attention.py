@@ -10,33 +10,53 @@ attention does not care; what does care, a mask, is arranged to that order, once
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 
 from paracompile.errors import GraphError
-from paracompile.layout.graph import Operation, shape_of
+from paracompile.layout.graph import Operation, Value, shape_of
 from paracompile.layout.places import Attention
-from paracompile.layout.plan import Plan, Sharding, Shares
+from paracompile.layout.plan import Sharding, Shares
 from paracompile.mesh import Ranks
-from paracompile.passes.sharder import Sharder
 from paracompile.passes.tokens import in_order_of_arrival
+from paracompile.passes.writer import GraphWriter
 from paracompile.runtime.ring import Ring, ring_attention
 from paracompile.runtime.ulysses import Exchange, heads_to_tokens, tokens_to_heads
 
 aten = torch.ops.aten
 
 
-class UnifiedAttention:
-    """Writes the attentions of one plan; called by the `Sharder`."""
+class Graph(Protocol):
+    """The graph that is being written, as attention sees it (the `Sharder`, or a graph whose inputs are shards)."""
 
-    def __init__(self, plan: Plan, ranks: Ranks) -> None:
-        self.plan = plan
+    write: GraphWriter
+
+    def operand(self, operation: Operation, slot: int) -> fx.Node:
+        """This rank's part of a query, key or value."""
+
+    def whole_form(self, value: Value) -> fx.Node:
+        """All of a mask."""
+
+
+class UnifiedAttention:
+    """Writes the attentions of one graph.
+
+    attributes:
+        ranks: the ranks.
+        shares: how segments are shared out over them.
+        sharding: how a query or key (an operation's slot) is cut.
+    """
+
+    def __init__(self, ranks: Ranks, shares: Shares, sharding: Callable[[Operation, int], Sharding | None]) -> None:
         self.ranks = ranks
+        self.shares = shares
+        self.sharding = sharding
         self.masks: dict[tuple[object, ...], fx.Node] = {}
 
-    def __call__(self, sharder: Sharder, attention: Attention) -> fx.Node:
+    def __call__(self, graph: Graph, attention: Attention) -> fx.Node:
         """Writes `attention` on this rank's tokens and returns its result, cut as the queries are."""
         operation = attention.operation
         self._check(attention)
@@ -44,24 +64,22 @@ class UnifiedAttention:
         received: dict[int, fx.Node] = {}
         # v first: its exchange runs while k and q are still being normalised and rotated.
         for slot, sharding in ((attention.value, keys), (attention.key, keys), (attention.query, queries)):
-            node = self._heads_alike(sharder, attention, slot, sharder.operand(operation, slot))
+            node = self._heads_alike(graph, attention, slot, graph.operand(operation, slot))
             exchange = self._exchange(attention, node.meta["val"].shape[-3], sharding)
-            received[slot] = tokens_to_heads(sharder.write, node, node.meta["val"].shape, exchange)
-        mask = self._mask(sharder, attention, queries, keys)
+            received[slot] = tokens_to_heads(graph.write, node, node.meta["val"].shape, exchange)
+        mask = self._mask(graph, attention, queries, keys)
         if self.ranks.ring.size == 1:
-            result = self._local(sharder, attention, received, mask)
+            result = self._local(graph, attention, received, mask)
         else:
-            result = self._ring(sharder, attention, received, mask, keys)
+            result = self._ring(graph, attention, received, mask, keys)
         exchange = self._exchange(attention, shape_of(operation.operands[attention.query])[-3], queries)
-        back: fx.Node = heads_to_tokens(sharder.write, result, result.meta["val"].shape, exchange)
+        back: fx.Node = heads_to_tokens(graph.write, result, result.meta["val"].shape, exchange)
         return back
 
-    def _local(
-        self, sharder: Sharder, attention: Attention, received: dict[int, fx.Node], mask: fx.Node | None
-    ) -> fx.Node:
+    def _local(self, graph: Graph, attention: Attention, received: dict[int, fx.Node], mask: fx.Node | None) -> fx.Node:
         arguments = _arguments(attention)
         query, key = (received[slot].meta["val"].shape[-3] for slot in (attention.query, attention.key))
-        return sharder.write(
+        return graph.write(
             aten.scaled_dot_product_attention.default,
             *(received[slot] for slot in (attention.query, attention.key, attention.value)),
             mask,
@@ -73,7 +91,7 @@ class UnifiedAttention:
 
     def _ring(
         self,
-        sharder: Sharder,
+        graph: Graph,
         attention: Attention,
         received: dict[int, fx.Node],
         mask: fx.Node | None,
@@ -83,13 +101,13 @@ class UnifiedAttention:
         query, key, value = (received[slot] for slot in (attention.query, attention.key, attention.value))
         ring = Ring(self.ranks.ring.group, self.ranks.ring.rank, self._tokens_of_rings(keys))
         if mask is not None and mask.meta["val"].shape[-1] == 1:  # one column for all keys: a ring takes it apart
-            mask = sharder.write(aten.expand.default, mask, [*mask.meta["val"].shape[:-1], sum(ring.tokens)])
+            mask = graph.write(aten.expand.default, mask, [*mask.meta["val"].shape[:-1], sum(ring.tokens)])
         offset = None
         if mask is not None and mask.meta["val"].dtype is not torch.bool:
-            largest = sharder.write(aten.amax.default, mask, [-1], True)
-            offset = sharder.write(aten.clamp.default, largest, torch.finfo(mask.meta["val"].dtype).min)
+            largest = graph.write(aten.amax.default, mask, [-1], True)
+            offset = graph.write(aten.clamp.default, largest, torch.finfo(mask.meta["val"].dtype).min)
         result: fx.Node = ring_attention(
-            sharder.write,
+            graph.write,
             query,
             key,
             value,
@@ -105,7 +123,7 @@ class UnifiedAttention:
 
     def _tokens_of_rings(self, sharding: Sharding) -> tuple[int, ...]:
         """Tokens of each member of a ring: those of its whole ulysses group."""
-        local = [self.plan.shares.local(sharding.segments, rank) for rank in range(self.ranks.sequence_size)]
+        local = [self.shares.local(sharding.segments, rank) for rank in range(self.ranks.sequence_size)]
         size = self.ranks.ulysses.size
         return tuple(sum(local[start : start + size]) for start in range(0, len(local), size))
 
@@ -115,20 +133,20 @@ class UnifiedAttention:
             group=axis.group,
             rank=axis.rank,
             heads=self._shares(attention, heads),
-            tokens=tuple(self.plan.shares.local(sharding.segments, first + rank) for rank in range(axis.size)),
+            tokens=tuple(self.shares.local(sharding.segments, first + rank) for rank in range(axis.size)),
         )
 
     def _sharding(self, operation: Operation, slot: int) -> Sharding:
-        sharding = self.plan.operand(operation, slot)
+        sharding = self.sharding(operation, slot)
         assert sharding is not None
         return sharding
 
-    def _heads_alike(self, sharder: Sharder, attention: Attention, slot: int, node: fx.Node) -> fx.Node:
+    def _heads_alike(self, graph: Graph, attention: Attention, slot: int, node: fx.Node) -> fx.Node:
         """Keys and values with fewer heads than there are ranks to share them, repeated to the queries' heads."""
         query, key = (shape_of(attention.operation.operands[other])[-3] for other in (attention.query, attention.key))
         if slot == attention.query or query == key or key >= self.ranks.ulysses.size:
             return node
-        repeated: fx.Node = sharder.write(aten.repeat_interleave.self_int, node, query // key, -3)
+        repeated: fx.Node = graph.write(aten.repeat_interleave.self_int, node, query // key, -3)
         return repeated
 
     def _shares(self, attention: Attention, heads: int) -> tuple[int, ...]:
@@ -151,31 +169,31 @@ class UnifiedAttention:
 
     # Masks
 
-    def _mask(self, sharder: Sharder, attention: Attention, queries: Sharding, keys: Sharding) -> fx.Node | None:
+    def _mask(self, graph: Graph, attention: Attention, queries: Sharding, keys: Sharding) -> fx.Node | None:
         """The mask for this rank's heads and queries and all keys, in the order of arrival."""
         if attention.mask is None and not attention.is_causal:
             return None
         value = attention.operation.operands[attention.mask] if attention.mask is not None else None
-        lengths = tuple(shape_of(attention.operation.operands[slot])[-2] for slot in (attention.query, attention.key))
+        lengths = (sum(queries.segments), sum(keys.segments))
         heads = shape_of(attention.operation.operands[attention.query])[-3]
         key = (value, queries.segments, keys.segments, self._shares(attention, heads), lengths)
         if key not in self.masks:
-            whole = sharder.whole_form(value) if value is not None else _causal(sharder, attention, lengths)
-            self.masks[key] = self._arranged(sharder, whole, queries, keys, self._shares(attention, heads))
+            whole = graph.whole_form(value) if value is not None else _causal(graph, attention, lengths)
+            self.masks[key] = self._arranged(graph, whole, queries, keys, self._shares(attention, heads))
         return self.masks[key]
 
     def _arranged(
-        self, sharder: Sharder, mask: fx.Node, queries: Sharding, keys: Sharding, heads: tuple[int, ...]
+        self, graph: Graph, mask: fx.Node, queries: Sharding, keys: Sharding, heads: tuple[int, ...]
     ) -> fx.Node:
         shape = mask.meta["val"].shape
         for dim, sharding in ((len(shape) - 2, queries), (len(shape) - 1, keys)):
             if shape[dim] > 1:
-                mask = in_order_of_arrival(sharder.write, mask, dim, sharding.segments, self.plan.shares)
+                mask = in_order_of_arrival(graph.write, mask, dim, sharding.segments, self.shares)
         if shape[-2] > 1:
             tokens = self._tokens_of_rings(queries)
-            mask = _part(sharder, mask, len(shape) - 2, tokens, self.ranks.ring.rank)
+            mask = _part(graph, mask, len(shape) - 2, tokens, self.ranks.ring.rank)
         if len(shape) > 2 and shape[-3] > 1:
-            mask = _part(sharder, mask, len(shape) - 3, heads, self.ranks.ulysses.rank)
+            mask = _part(graph, mask, len(shape) - 3, heads, self.ranks.ulysses.rank)
         return mask
 
 
@@ -184,18 +202,18 @@ def _arguments(attention: Attention) -> dict[str, Any]:
     return attention.operation.op.arguments
 
 
-def _part(sharder: Sharder, node: fx.Node, dim: int, shares: tuple[int, ...], rank: int) -> fx.Node:
+def _part(graph: Graph, node: fx.Node, dim: int, shares: tuple[int, ...], rank: int) -> fx.Node:
     if len(shares) == 1:
         return node
     start = sum(shares[:rank])
-    return sharder.write(aten.slice.Tensor, node, dim, start, start + shares[rank])
+    return graph.write(aten.slice.Tensor, node, dim, start, start + shares[rank])
 
 
-def _causal(sharder: Sharder, attention: Attention, lengths: tuple[int, ...]) -> fx.Node:
+def _causal(graph: Graph, attention: Attention, lengths: tuple[int, int]) -> fx.Node:
     """Query i sees keys 0..i, as a mask of shape (query tokens, key tokens)."""
     device = attention.operation.operands[attention.query].node.meta["val"].device
     rows, columns = (
-        sharder.write(aten.arange.default, length, dtype=torch.int64, device=device, pin_memory=False)
+        graph.write(aten.arange.default, length, dtype=torch.int64, device=device, pin_memory=False)
         for length in lengths
     )
-    return sharder.write(aten.ge.Tensor, sharder.write(aten.unsqueeze.default, rows, 1), columns)
+    return graph.write(aten.ge.Tensor, graph.write(aten.unsqueeze.default, rows, 1), columns)

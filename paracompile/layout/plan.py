@@ -25,13 +25,19 @@ class Shares:
     attributes:
         ranks: over how many ranks each segment is cut.
         longest: length of the longest segment in the graph.
+        chunked: cut as `torch.chunk` cuts instead: every rank the length divided by the ranks, rounded up, while it
+            lasts.
     """
 
     ranks: int
     longest: int
+    chunked: bool = False
 
     def of(self, length: int) -> tuple[int, ...]:
         """Tokens of a segment of `length` on each rank."""
+        if self.chunked:
+            most = -(-length // self.ranks)
+            return tuple(max(0, min(most, length - rank * most)) for rank in range(self.ranks))
         each, rest = divmod(length, self.ranks)
         sizes = tuple(each + (rank < rest) for rank in range(self.ranks))
         return sizes if length == self.longest else sizes[::-1]

@@ -67,14 +67,15 @@ def report_of(
     """The report of a sharded graph.
 
     args:
-        plans: the plans it was made from, one for each way of cutting, in order.
+        plans: the plans it was made from, one for each way of cutting, in order; none where the inputs are shards.
         ranks: over how many ranks the work is shared in all.
         local: the graph that this rank runs.
         local_operations: the operations in it.
         flops: an operation's multiply-add work.
     """
-    plan = plans[-1]
-    exchanged = [operation for operation in plan.attentions if plan.exchanged(operation)]
+    attentions = plans[-1].attentions if plans else {}
+    cut = [operation for operation in attentions if operation in plans[-1].cuts]
+    exchanged = [operation for operation in cut if plans[-1].exchanged(operation)]
     collectives: Counter[str] = Counter()
     sent = 0
     for node in local.graph.nodes:
@@ -85,11 +86,11 @@ def report_of(
     return Report(
         ranks=ranks,
         attentions=len(exchanged),
-        cross_attentions=sum(operation in plan.cuts for operation in plan.attentions) - len(exchanged),
-        whole_attentions=sum(operation not in plan.cuts for operation in plan.attentions),
+        cross_attentions=len(cut) - len(exchanged),
+        whole_attentions=len(attentions) - len(cut),
         collectives=dict(collectives),
         bytes_sent=sent,
-        flops_whole=sum(map(flops, plans[0].operations)),
+        flops_whole=sum(map(flops, plans[0].operations)) if plans else 0,
         flops_rank=sum(map(flops, local_operations)),
         notes=tuple(note for each in plans for note in _notes(each)),
     )

@@ -64,7 +64,7 @@ class Agreement:
         self.ranks = tuple(ranks)
         self.timeout = timeout
 
-    def exchange(self, stage: str, *, facts: Mapping[str, str], error: str | None = None) -> None:
+    def exchange(self, stage: str, *, facts: Mapping[str, str], error: str | None = None, own: str = "") -> list[str]:
         """Publish this rank's facts or its error, and wait until all ranks have said the same.
 
         Args:
@@ -72,6 +72,10 @@ class Agreement:
             facts: name -> text; texts of any length, they are sent only where they differ.
             error: this rank failed, with this message. It is published and the call returns without waiting, so that
                 the caller raises its own error.
+            own: a short text that may differ from rank to rank.
+
+        Returns:
+            every rank's `own`, in the order of `ranks`.
 
         Raises:
             RankError: another rank failed (with its message), is at another stage, has other facts (with a diff), or
@@ -79,13 +83,13 @@ class Agreement:
             ParacompileError: there is no process group, or this rank is not one of `ranks`.
         """
         if len(self.ranks) < 2:
-            return
+            return [own]
         if not dist.is_initialized():
             raise ParacompileError(
                 f"ranks {_listed(self.ranks)} are to agree, but torch.distributed is not initialised"
             )
         if dist.get_backend() == "fake":
-            return
+            return [own] * len(self.ranks)
         me = dist.get_rank()
         if me not in self.ranks:
             raise ParacompileError(f"rank {me} is not one of the ranks {_listed(self.ranks)} that are to agree")
@@ -94,13 +98,15 @@ class Agreement:
         said = {
             "stage": stage,
             "error": None if error is None else error[:_ERROR_CHARACTERS],
+            "own": own,
             "facts": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in facts.items()},
         }
         try:
             store = PrefixStore(prefix, _get_default_store())
             store.set(f"said/{me}", json.dumps(said))
-            if error is None:
-                _Exchange(store, self.ranks, me, stage, self.timeout).settle(facts, said)
+            if error is not None:
+                return []
+            return _Exchange(store, self.ranks, me, stage, self.timeout).settle(facts, said)
         except dist.DistError as failure:
             raise RankError(
                 f"stage {stage!r}: rank {me} lost the store that ranks agree through: the process that serves it "
@@ -133,7 +139,7 @@ class _Exchange:
     def __init__(self, store: Store, ranks: tuple[int, ...], me: int, stage: str, timeout: float) -> None:
         self.store, self.ranks, self.me, self.stage, self.timeout = store, ranks, me, stage, timeout
 
-    def settle(self, facts: Mapping[str, str], own: dict[str, Any]) -> None:
+    def settle(self, facts: Mapping[str, str], own: dict[str, Any]) -> list[str]:
         said = self._hear(own)
         names = sorted({name for each in said.values() for name in each["facts"]})
         different = [name for name in names if len({each["facts"].get(name) for each in said.values()}) > 1]
@@ -143,6 +149,7 @@ class _Exchange:
         if verdict != _GO:
             raise RankError(verdict)
         self._clean()
+        return [str(said[rank]["own"]) for rank in self.ranks]
 
     def _hear(self, own: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """What every rank said. Raises at the first error, other stage or verdict, or when time is up."""

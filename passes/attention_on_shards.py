@@ -1,0 +1,163 @@
+"""Attention in a graph whose inputs are a rank's own shards: all else stays as it is.
+
+    before: q, k, v are this rank's tokens               after
+    o = attention(q, k, v, mask)                         o = unified attention over the tokens of all ranks
+
+The lengths of the other ranks' shards are not in the graph: the ranks tell each other, and must be cut as `torch.chunk`
+cuts, rank 0 first. A mask is this rank's shard too, along keys (padding) or along queries, and is gathered. A mask over
+both is refused: a rank would hold what its queries see of its own keys, and nothing of the others'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx
+from torch._guards import detect_fake_mode
+
+from paracompile.errors import GraphError
+from paracompile.layout.factors import Place
+from paracompile.layout.graph import Operation, Value, is_tensor, operations, shape_of
+from paracompile.layout.places import Attention
+from paracompile.layout.plan import Sharding, Shares
+from paracompile.mesh import Axis, Ranks
+from paracompile.passes.tokens import all_tokens
+from paracompile.passes.unified_attention import UnifiedAttention
+from paracompile.passes.writer import GraphWriter
+from paracompile.patterns.attention import find_attentions
+from paracompile.patterns.rules import rule_for
+
+Lengths = list[tuple[int, int]]
+"""Query and key tokens of each attention in a graph, in order."""
+
+
+def local_lengths(gm: fx.GraphModule) -> Lengths:
+    """The lengths of this rank's shards, read from Dynamo's graph."""
+    found = []
+    for node in gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
+        named = {**dict(zip(("query", "key"), node.args, strict=False)), **node.kwargs}
+        query, key = (int(named[name].meta["example_value"].shape[-2]) for name in ("query", "key"))
+        found.append((query, key))
+    return found
+
+
+def attention_on_shards(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    ranks: Ranks,
+    lengths: Sequence[Lengths],
+) -> fx.GraphModule:
+    """Makes every attention one over all ranks' tokens, in place.
+
+    args:
+        lengths: `local_lengths` of every rank, in the order of their place in the sequence.
+
+    raises:
+        GraphError: no attention, shards that are not cut as `torch.chunk` cuts, or a mask over queries and keys.
+    """
+    attentions = find_attentions(operations(gm.graph, rule_for))
+    if not attentions:
+        raise GraphError(
+            None,
+            "the graph has no scaled_dot_product_attention, so its ranks have nothing to exchange",
+            "compile the function that calls attention, with PyTorch's own attention backend",
+        )
+    fake_mode = detect_fake_mode([node.meta["val"] for node in gm.graph.nodes if is_tensor(node)])
+    assert fake_mode is not None
+    own = [tuple(shape_of(each.operation.operands[slot])[-2] for slot in (each.query, each.key)) for each in attentions]
+    if own != list(lengths[ranks.sequence_rank]):
+        raise GraphError(
+            attentions[0].operation.node,
+            f"the lengths of the attentions, {own}, are not those that the ranks agreed on, {lengths}",
+            "this is a mistake in paracompile: please report it with the graph that options={'dump': FOLDER} writes",
+        )
+    shardings: dict[tuple[Operation, int], Sharding] = {}
+    for number, attention in enumerate(attentions):
+        for slot, which in ((attention.query, 0), (attention.key, 1)):
+            by_rank = [of_rank[number][which] for of_rank in lengths]
+            shardings[attention.operation, slot] = _sharding(attention, slot, by_rank)
+        _check_mask(attention)
+    shares = Shares(ranks.sequence_size, 0, chunked=True)
+    unified = UnifiedAttention(ranks, shares, lambda operation, slot: shardings.get((operation, slot)))
+    write = GraphWriter(fake_mode, gm.graph)
+    for attention in attentions:
+        node = attention.operation.node
+        lengths_of = [shardings[attention.operation, slot].segments for slot in (attention.query, attention.key)]
+        graph = _Shards(write, ranks.sequence, shares, (lengths_of[0], lengths_of[1]))
+        with gm.graph.inserting_before(node):
+            write.origin = node
+            node.replace_all_uses_with(unified(graph, attention))
+        gm.graph.erase_node(node)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+@dataclass
+class _Shards:
+    """One attention of the graph as `UnifiedAttention` sees it: operands are cut already, masks too.
+
+    attributes:
+        axis: the ranks that share the sequence.
+        shares: how they share it.
+        segments: of the queries and of the keys.
+    """
+
+    write: GraphWriter
+    axis: Axis
+    shares: Shares
+    segments: tuple[tuple[int, ...], tuple[int, ...]]
+
+    def operand(self, operation: Operation, slot: int) -> fx.Node:
+        return _node_of(operation.operands[slot])
+
+    def whole_form(self, value: Value) -> fx.Node:
+        """A mask of (..., queries, keys), gathered along the one of the two that it has."""
+        mask, shape = _node_of(value), shape_of(value)
+        for dim, segments in zip((-2, -1), self.segments, strict=True):
+            if len(shape) + dim >= 0 and shape[dim] > 1:
+                sharding = Sharding(Place(len(shape) + dim, sum(segments)), segments)
+                whole = (*shape[:dim], sum(segments), *shape[len(shape) + dim + 1 :])
+                gathered: fx.Node = all_tokens(
+                    self.write, mask, whole, sharding, self.shares, self.axis.rank, self.axis.group
+                )
+                return gathered
+        return mask
+
+
+def _node_of(value: Value) -> fx.Node:
+    """The node that names the value: its producer, or the `getitem` of one of several results."""
+    if isinstance(value.node.meta["val"], (tuple, list)):
+        return next(user for user in value.node.users if user.args[1:] == (value.index,))
+    return value.node
+
+
+def _sharding(attention: Attention, slot: int, by_rank: Sequence[int]) -> Sharding:
+    total = sum(by_rank)
+    expected = Shares(len(by_rank), 0, chunked=True).of(total)
+    if tuple(by_rank) != expected:
+        raise GraphError(
+            attention.operation.node,
+            f"its shards have {list(by_rank)} tokens on the ranks, and torch.chunk would cut {total} tokens into "
+            f"{list(expected)}",
+            "cut the inputs with torch.chunk(x, ranks, dim)[rank], rank 0 first",
+        )
+    shape = shape_of(attention.operation.operands[slot])
+    return Sharding(Place(len(shape) - 2, total), (total,))
+
+
+def _check_mask(attention: Attention) -> None:
+    if attention.mask is None:
+        return
+    shape = shape_of(attention.operation.operands[attention.mask])
+    if shape[-1] > 1 and shape[-2:-1] not in ((), (1,)):
+        raise GraphError(
+            attention.operation.node,
+            f"its mask, of shape {shape}, says which of this rank's keys its queries see, "
+            "and nothing of other ranks' keys",
+            "with inputs that are shards, mask keys (..., 1, keys) or use is_causal; or let paracompile shard them",
+        )
