@@ -82,8 +82,11 @@ def test_taken(given: dict[str, Any]) -> None:
         ({"timeout": float("nan")}, "timeout", ["finite"]),
         ({"timeout": True}, "timeout", ["seconds"]),
         ({"mesh": (2, 2)}, "mesh", ["(2, 2)", "init_mesh"]),
-        ({"input": "check"}, "input", ["no such option", "'inputs'", "mesh, inputs, rdt, compiler"]),
-        ({"zzz": 1}, "zzz", ["Options: mesh, inputs, rdt, compiler, mode, inductor, dump, report, timeout"]),
+        ({"shard_inputs": 0}, "shard_inputs", ["True or False"]),
+        ({"drop_masked_keys": None}, "drop_masked_keys", ["True or False"]),
+        ({"shard_inputs": False, "inputs": "check"}, "inputs", ["shards differ"]),
+        ({"input": "check"}, "input", ["no such option", "'inputs'", "mesh, inputs, rdt, "]),
+        ({"zzz": 1}, "zzz", ["Options: mesh, inputs, rdt, shard_inputs, drop_masked_keys, compiler, mode, inductor, dump"]),
         ("mesh", "options", ["dict"]),
     ],
 )
