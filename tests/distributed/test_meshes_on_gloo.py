@@ -1,0 +1,58 @@
+"""Families on every kind of mesh on real processes: two families a mesh here, all of them marked `full`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from capture import assert_equal
+from families import ALL_FAMILIES
+from pool import Pool
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+MESHES: dict[str, dict[str, int]] = {
+    "ulysses": {"ulysses": 2},
+    "ring": {"ring": 2},
+    "batch": {"batch": 2},
+    "unified": {"ring": 2, "ulysses": 2},
+}
+CHOSEN = [
+    ("ulysses", "hunyuan_video"),
+    ("ulysses", "ltx_video"),
+    ("ring", "flux"),
+    ("ring", "hunyuan_video"),
+    ("batch", "stable_diffusion_3"),
+    ("batch", "mochi"),
+    ("unified", "wan"),
+    ("unified", "qwen_image"),
+]
+
+
+def outputs(rank: int, family: str, sizes: dict[str, int]) -> tuple[Tensor, Tensor]:
+    """What the eager model gives, and what the compiled one does, in one graph."""
+    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    model, inputs = ALL_FAMILIES[family].build(batch=2, text=11)
+    options = {"mesh": mesh, "compiler": "eager", "timeout": 120}
+    with torch.no_grad():
+        (expected,) = model(**inputs)
+        (output,) = torch.compile(model, backend="paracompile", options=options, fullgraph=True)(**inputs)
+    return expected, output
+
+
+def check(mesh: str, family: str, request: pytest.FixtureRequest) -> None:
+    pool: Pool = request.getfixturevalue("four_ranks" if mesh == "unified" else "two_ranks")
+    for expected, output in pool.run(outputs, family, MESHES[mesh]):
+        assert_equal(output, expected)
+
+
+@pytest.mark.parametrize("mesh, family", CHOSEN)
+def test_two_families_on_each_mesh(mesh: str, family: str, request: pytest.FixtureRequest) -> None:
+    check(mesh, family, request)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_all_families_on_each_mesh(mesh: str, family: str, request: pytest.FixtureRequest) -> None:
+    if (mesh, family) not in CHOSEN:
+        check(mesh, family, request)
