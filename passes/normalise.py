@@ -191,6 +191,7 @@ def _unwrap(value: FunctionalTensor) -> torch.Tensor:
 
 def _restore_inputs(original: fx.GraphModule, traced: fx.GraphModule) -> None:
     """Gives the traced placeholders Dynamo's names, sources and tensor metadata."""
+    traced.__class__.__name__ = original.__class__.__name__  # make_fx writes "<lambda>", no name in a readable graph
     traced.meta.update(original.meta)
     if hasattr(original, "_param_name_to_source"):
         traced._param_name_to_source = original._param_name_to_source

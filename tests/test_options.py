@@ -86,7 +86,7 @@ def test_taken(given: dict[str, Any]) -> None:
         ({"drop_masked_keys": None}, "drop_masked_keys", ["True or False"]),
         ({"shard_inputs": False, "inputs": "check"}, "inputs", ["shards differ"]),
         ({"input": "check"}, "input", ["no such option", "'inputs'", "mesh, inputs, rdt, "]),
-        ({"zzz": 1}, "zzz", ["Options: mesh, inputs, rdt, shard_inputs, drop_masked_keys, compiler, mode, inductor, dump"]),
+        ({"zzz": 1}, "zzz", ["Options: mesh, inputs, rdt, shard_inputs, drop_masked_keys, compiler"]),
         ("mesh", "options", ["dict"]),
     ],
 )

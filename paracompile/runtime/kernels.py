@@ -42,6 +42,8 @@ def attention_with_lse(
     if key.shape[-3] != heads:
         key, value = (part.repeat_interleave(heads // part.shape[-3], dim=-3) for part in (key, value))
     query, key, value = (part.reshape(-1, *part.shape[-3:]) for part in (query, key, value))
+    # The kernels step through the last dimension one by one, and the CPU's does not check that it may.
+    query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
     if mask is not None:
         mask = mask.expand(*batch, heads, queries, key.shape[-2]).reshape(-1, heads, queries, key.shape[-2])
         if offset is not None:

@@ -1,0 +1,174 @@
+"""The list of passes: its order, its contracts, and what runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from small_models import WIDTH, Mesh, SelfAttention, capture, image_tokens, mesh_name, mesh_sizes, randomise
+from torch import fx
+
+from paracompile.errors import ParacompileError
+from paracompile.layout.plan import Plan
+from paracompile.mesh import Ranks
+from paracompile.passes import Pass, check_contracts, pipeline, run_passes
+
+
+def first(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    return gm
+
+
+def second(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: int = 1) -> fx.GraphModule:
+    return gm
+
+
+SPELLED = Pass(first, provides="spelled")
+CUT = Pass(
+    partial(second, ranks=2), requires=frozenset({"spelled"}), provides="cut", conflicts=frozenset({"cut", "cached"})
+)
+CACHED = Pass(first, requires=frozenset({"spelled", "cut"}), provides="cached")
+
+
+@pytest.mark.parametrize("passes", [[], [SPELLED], [SPELLED, SPELLED], [SPELLED, CUT], [SPELLED, CUT, CACHED, CACHED]])
+def test_a_list_that_keeps_its_contracts(passes: list[Pass]) -> None:
+    check_contracts(passes)
+
+
+@pytest.mark.parametrize(
+    "passes, message",
+    [
+        ([CUT], "pass 'second' needs ['spelled']; before it there is: nothing"),
+        ([CUT, SPELLED], "pass 'second' needs ['spelled']; before it there is: nothing"),
+        ([CACHED], "pass 'first' needs ['cut', 'spelled']; before it there is: nothing"),
+        ([SPELLED, CACHED], "pass 'first' needs ['cut']; before it there is: ['spelled']"),
+        ([SPELLED, CUT, CUT], "pass 'second' cannot follow ['cut']; before it there is: ['spelled', 'cut']"),
+        (
+            [SPELLED, CUT, CACHED, SPELLED, CUT],
+            "pass 'second' cannot follow ['cached', 'cut']; before it there is: "
+            "['spelled', 'cut', 'cached', 'spelled']",
+        ),
+    ],
+)
+def test_a_broken_contract_names_the_pass_what_it_misses_and_what_ran(passes: list[Pass], message: str) -> None:
+    with pytest.raises(ParacompileError) as caught:
+        check_contracts(passes)
+    assert str(caught.value) == message
+
+
+# The list
+
+AROUND = ["normalise", "static_lengths"], ["drop_masked_keys", "schedule", "dispatch_on_subclasses"]
+MESHES: list[tuple[Mesh, list[str]]] = [
+    (1, []),
+    (2, ["context_parallel"]),
+    ({"ring": 3}, ["context_parallel"]),
+    ({"ring": 2, "ulysses": 2}, ["context_parallel"]),
+    ({"batch": 2}, ["batch_parallel"]),
+    ({"batch": 2, "ulysses": 3}, ["batch_parallel", "context_parallel"]),
+    ({"batch": 2, "ring": 2, "ulysses": 2}, ["batch_parallel", "context_parallel"]),
+]
+
+
+def names(passes: Sequence[Pass]) -> list[str]:
+    return [step.name for step in passes]
+
+
+@pytest.mark.parametrize("mesh, cuts", MESHES, ids=[mesh_name(mesh) for mesh, _ in MESHES])
+def test_the_order_for_each_kind_of_mesh(mesh: Mesh, cuts: list[str]) -> None:
+    ranks = Ranks.simulated(**mesh_sizes(mesh))
+    before, after = AROUND
+    check_contracts(pipeline(ranks))
+    assert names(pipeline(ranks)) == [*before, *cuts, *after]
+    assert names(pipeline(ranks, drop_keys=False)) == [*before, *cuts, *after[1:]]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda passes: passes[1:], ["'static_lengths'", "['functional ATen']", "nothing"]),
+        (lambda passes: passes[:1] + passes[2:], ["'batch_parallel'", "['static lengths']", "['functional ATen']"]),
+        (lambda passes: passes[:3] + passes[2:], ["'batch_parallel' cannot follow ['local rows']"]),
+        (lambda passes: passes[:4] + passes[3:], ["'context_parallel' cannot follow ['local tokens']"]),
+        (lambda passes: passes[-1:], ["'dispatch_on_subclasses' needs"]),
+        (lambda passes: passes[-2:], ["'schedule' needs"]),
+    ],
+)
+def test_the_list_in_any_other_form_is_refused(change: Callable[[list[Pass]], list[Pass]], words: list[str]) -> None:
+    passes = pipeline(Ranks.simulated(batch=2, ulysses=2))
+    with pytest.raises(ParacompileError) as caught:
+        check_contracts(change(passes))
+    for word in words:
+        assert word in str(caught.value)
+
+
+# Running it
+
+
+def a_graph() -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output((graph.call_function(torch.neg, (graph.placeholder("x"),)),))
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def test_each_pass_gets_what_the_one_before_made_and_after_is_told() -> None:
+    start, example_inputs = a_graph(), [torch.ones(2)]
+    made: list[fx.GraphModule] = []
+    given: list[Any] = []
+    told: list[Any] = []
+
+    def step(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+        given.append((gm, inputs))
+        made.append(a_graph())
+        return made[-1]
+
+    passes = [Pass(step, provides="one"), Pass(first, provides="two"), Pass(partial(step), provides="three")]
+    result = run_passes(start, example_inputs, passes, after=lambda name, gm: told.append((name, gm)))
+    assert given == [(start, example_inputs), (made[0], example_inputs)]
+    assert told == [("step", made[0]), ("first", made[0]), ("step", made[1])]
+    assert result is made[1]
+
+
+def test_nothing_runs_where_the_list_cannot_work() -> None:
+    def never(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+        raise AssertionError
+
+    with pytest.raises(ParacompileError, match="'second' needs"):
+        run_passes(a_graph(), [], [Pass(never, provides="something"), CUT])
+
+
+def test_a_pass_that_breaks_the_graph_is_found_at_once() -> None:
+    told: list[str] = []
+
+    def breaks(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+        (x,) = gm.graph.find_nodes(op="placeholder")
+        (negative,) = gm.graph.find_nodes(op="call_function", target=torch.neg)
+        negative.append(x)
+        return gm
+
+    with pytest.raises(RuntimeError, match="used before it has been defined"):
+        run_passes(a_graph(), [], [Pass(breaks, provides="")], after=lambda name, gm: told.append(name))
+    assert told == []
+
+
+@pytest.mark.parametrize("mesh, cuts", MESHES, ids=[mesh_name(mesh) for mesh, _ in MESHES])
+def test_a_real_graph_goes_through_the_list(mesh: Mesh, cuts: list[str]) -> None:
+    """Dynamo's own graph is not touched; each plan is told once, the batch's before the tokens'."""
+    told: list[str] = []
+    plans: list[Plan] = []
+    ranks = Ranks.simulated(**mesh_sizes(mesh))
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        before = gm.print_readable(print_output=False)
+        passes = pipeline(ranks, planned=plans.append)
+        local = run_passes(gm, example_inputs, passes, after=lambda name, graph: told.append(name))
+        assert local is not gm
+        assert gm.print_readable(print_output=False) == before
+        return gm.forward
+
+    capture(randomise(SelfAttention()), [image_tokens(WIDTH)], backend)
+    assert told == [*AROUND[0], *cuts, *AROUND[1]]
+    sizes = {"batch_parallel": ranks.batch.size, "context_parallel": ranks.sequence_size}
+    assert [plan.shares.ranks for plan in plans] == [sizes[name] for name in cuts]
