@@ -84,7 +84,7 @@ def paracompile(
         compiled = _compile(local, example_inputs, chosen, inductor_settings())
         _warn_at_recompile_limit()
     if chosen.report is not None:
-        chosen.report(report_of(plans, ranks.size, local, done, flops_of))
+        chosen.report(report_of(plans, ranks, local, done, flops_of))
     agree = InputAgreement(
         mode=chosen.inputs if chosen.shard_inputs else "trust",
         indices=tuple(index for index, node in _placeholders(gm) if not _is_static(node)),

@@ -125,8 +125,8 @@ def shard(of: Captured, mesh: dict[str, int]) -> Sharded:
         for rank in range(ranks)
     ]
     reports = [
-        report_of(of_rank, ranks, gm, operations(gm.graph, rule_for), flops_of)
-        for of_rank, gm in zip(plans, graphs, strict=True)
+        report_of(of_rank, Ranks.simulated(**mesh, rank=rank), gm, operations(gm.graph, rule_for), flops_of)
+        for rank, (of_rank, gm) in enumerate(zip(plans, graphs, strict=True))
     ]
     return Sharded(graphs, [of_rank[-1] for of_rank in plans], reports, mesh)
 

@@ -138,7 +138,8 @@ def shard(model: Callable[..., Any], inputs: Sequence[Any], mesh: Mesh = 2) -> S
             )
             for rank in range(ranks)
         ]
-        report = report_of(plans[0], ranks, graphs[0], operations(graphs[0].graph, rule_for), flops_of)
+        first = Ranks.simulated(**sizes)
+        report = report_of(plans[0], first, graphs[0], operations(graphs[0].graph, rule_for), flops_of)
         found = Sharded(gm, after_normalise[0], plans[0][-1], graphs, report)
         kept.append(found)
 

@@ -58,8 +58,6 @@ ROWS: dict[str, list[list[bool]]] = {
     "none": [NONE, NONE],
 }
 
-all_rows = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
-
 Heads = Sequence[Tensor]
 """Query, key and value, each (batch, heads, tokens, size)."""
 
@@ -146,10 +144,22 @@ def assert_static(graph: fx.GraphModule, attentions: int = 1) -> None:
             assert all(type(size) is int for size in value.shape), node
 
 
-@all_rows
 @pytest.mark.parametrize("batch", [1, BATCH])
-def test_it_becomes_one_masked_attention(batch: int, rows: list[list[bool]]) -> None:
-    assert_static(rewritten(randomise(AsMochi()), tokens(rows, batch)))
+def test_it_becomes_one_masked_attention_for_all_selections(batch: int) -> None:
+    model = randomise(AsMochi())
+    kept: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        kept.append(static_lengths(normalise(gm, example_inputs), example_inputs))
+        return kept[-1].forward
+
+    torch._dynamo.reset()
+    run = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for rows in ROWS.values():
+            close(run(*tokens(rows, batch)), model(*tokens(rows, batch)))
+    (graph,) = kept
+    assert_static(graph)
 
 
 @pytest.mark.parametrize("rows", [ROWS["last ones, and scattered"], ROWS["none, and scattered"]], ids=["some", "none"])
@@ -158,20 +168,18 @@ def test_two_ranks_equal_eager(mesh: Mesh, rows: list[list[bool]]) -> None:
     assert_sharded(randomise(AsMochi()), tokens(rows), mesh)
 
 
-def test_one_graph_serves_all_selections() -> None:
-    model, kept = randomise(AsMochi()), []
+def test_what_is_not_selected_is_dropped_in_the_end() -> None:
+    model, inputs = randomise(AsMochi()), tokens(ROWS["last ones, and scattered"])
+    kept: list[fx.GraphModule] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         kept.append(run_passes(gm, example_inputs, pipeline(Ranks.simulated(ulysses=1))))
         return kept[-1].forward
 
-    torch._dynamo.reset()
-    run = torch.compile(model, backend=backend, fullgraph=True)
     with torch.no_grad():
-        for rows in ROWS.values():
-            close(run(*tokens(rows)), model(*tokens(rows)))
-    assert len(kept) == 1
+        close(capture(model, inputs, backend), model(*inputs))
     assert count(kept[0])["paracompile.attention_to_visible.default"] == 1
+    assert count(kept[0])[SDPA] == 0
 
 
 def test_two_layers_are_two_masked_attentions() -> None:

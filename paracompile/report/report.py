@@ -12,6 +12,7 @@ from torch import fx
 from paracompile.errors import module_path, source_line
 from paracompile.layout.graph import Operation, bytes_of
 from paracompile.layout.plan import Plan
+from paracompile.mesh import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Report:
 
 def report_of(
     plans: Sequence[Plan],
-    ranks: int,
+    ranks: Ranks,
     local: fx.GraphModule,
     local_operations: Sequence[Operation],
     flops: Callable[[Operation], int],
@@ -68,7 +69,7 @@ def report_of(
 
     args:
         plans: the plans it was made from, one for each way of cutting, in order; none where the inputs are shards.
-        ranks: over how many ranks the work is shared in all.
+        ranks: the ranks that share the work, seen from this one.
         local: the graph that this rank runs.
         local_operations: the operations in it.
         flops: an operation's multiply-add work.
@@ -82,9 +83,9 @@ def report_of(
         kind = _collective(node)
         if kind is not None:
             collectives[kind] += 1
-            sent += _bytes_sent(kind, node)
+            sent += _bytes_sent(kind, node, ranks)
     return Report(
-        ranks=ranks,
+        ranks=ranks.size,
         attentions=len(exchanged),
         cross_attentions=len(cut) - len(exchanged),
         whole_attentions=len(attentions) - len(cut),
@@ -102,15 +103,15 @@ def _collective(node: fx.Node) -> str | None:
     return name if namespace == "_c10d_functional" and name != "wait_tensor" else None
 
 
-def _bytes_sent(kind: str, node: fx.Node) -> int:
+def _bytes_sent(kind: str, node: fx.Node, ranks: Ranks) -> int:
     buffer: Any = node.args[0]
     tensor = buffer.meta["val"]
     size: int = tensor.numel() * tensor.element_size()
     if kind == "all_gather_into_tensor":
         return size * (cast(int, node.args[1]) - 1)  # to each of the others
-    sizes = cast(list[int], node.args[2])  # a ring sends to one; an exchange keeps about a rank's own share
-    sent_on = sum(sizes) if 0 in sizes else sum(sizes) - sum(sizes) // len(sizes)
-    return size * sent_on // max(1, sum(sizes))
+    sizes, group = cast(list[int], node.args[2]), node.args[3]
+    own = sizes[ranks.ring.rank if group == ranks.ring.group else ranks.ulysses.rank]  # not sent
+    return size * (sum(sizes) - own) // max(1, sum(sizes))
 
 
 def _notes(plan: Plan) -> list[str]:
