@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
+from torch._dynamo.source import ConstantSource
 from torch._functorch._aot_autograd.functional_utils import has_data_mutation
-from torch._guards import detect_fake_mode
+from torch._guards import Source, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -194,7 +195,10 @@ def _restore_inputs(original: fx.GraphModule, traced: fx.GraphModule) -> None:
     traced.__class__.__name__ = original.__class__.__name__  # make_fx writes "<lambda>", no name in a readable graph
     traced.meta.update(original.meta)
     if hasattr(original, "_param_name_to_source"):
-        traced._param_name_to_source = original._param_name_to_source
+        # Constants that tracing found are buffers of the traced module; AOTAutograd asks where each comes from.
+        constants = {name: ConstantSource(name) for name, _ in traced.named_buffers()}
+        sources = cast("dict[str, Source]", original._param_name_to_source)
+        traced._param_name_to_source = {**sources, **constants}  # type: ignore[assignment]
     before = original.graph.find_nodes(op="placeholder")
     after = traced.graph.find_nodes(op="placeholder")
     for old, new in zip(before, after, strict=True):

@@ -353,3 +353,12 @@ def test_no_such_warning_on_one_rank() -> None:
     with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         compiled(image_tokens())
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_constant_inside_the_model_reaches_the_compiler_of_a_sharded_graph(two_ranks: None, compiler: str) -> None:
+    attention = randomise(SelfAttention())
+    shifts = [0.5, 1.5]
+    x = image_tokens(WIDTH)
+    found = call(lambda x: attention(x) + torch.tensor(shifts).repeat(x.shape[-1] // 2), x, compiler=compiler)
+    assert found.shape == x.shape

@@ -427,7 +427,7 @@ def test_what_two_blocks_cost_on_a_mesh(mesh: Mesh, collectives: dict[str, int],
     sharded = assert_sharded(randomise(Transformer(2)), [image_tokens()], mesh)
     assert sharded.collectives == collectives
     assert sharded.share == pytest.approx(share)
-    assert len(sharded.report.notes) == ("batch" in mesh_sizes(mesh) and len(mesh_sizes(mesh)) > 1)  # gathered twice
+    assert sharded.report.notes == ()  # the last gathers are no news
 
 
 @pytest.mark.parametrize("tokens", [49, 3, 2])
