@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -53,7 +54,7 @@ def paracompile(
         chosen = Options.parse(options)
         ranks = Ranks.from_mesh(chosen.mesh)
         facts["options"] = chosen.fingerprint()
-    dump = Dump(chosen.dump, _compile_name(), ranks.sequence_rank)
+    dump = Dump(chosen.dump, _compile_name(), ranks.flat_rank)
     dump("captured", gm)
     if ranks.is_single:
         if chosen.drop_masked_keys and _has_masks(gm) and not _wants_gradients(gm, example_inputs):
@@ -72,7 +73,7 @@ def paracompile(
 
         def after(name: str, graph: fx.GraphModule) -> None:
             if name == "normalise" and lengths is None:  # graphs of shards differ in their sizes
-                facts["graph"] = graph.print_readable(print_output=False, include_stride=True)
+                facts["graph"] = comparable(graph.print_readable(print_output=False, include_stride=True))
             if name == "schedule":  # the last graph that is all ATen
                 done.extend(operations(graph.graph, rule_for))
             dump(name, graph)
@@ -116,6 +117,12 @@ def _timeout(options: Any) -> float:
     wanted = options.get("timeout") if isinstance(options, Mapping) else None
     usable = isinstance(wanted, (int, float)) and not isinstance(wanted, bool) and 0 < wanted < float("inf")
     return float(wanted) if usable else Options.timeout  # type: ignore[arg-type]
+
+
+def comparable(code: str) -> str:
+    """A graph's text without what differs between ranks that hold the same: comments (paths), and each rank's GPU."""
+    lines = [line for line in code.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    return re.sub(r"device\(type='(\w+)', index=\d+\)", r"device(type='\1')", "\n".join(lines))
 
 
 def describe(plan: Plan) -> str:

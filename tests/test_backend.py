@@ -32,11 +32,13 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import list_mode_options
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import paracompile.backend as backend_module
-from paracompile.backend import paracompile
+from paracompile.backend import comparable, paracompile
 from paracompile.errors import OptionError, ParacompileError
+from paracompile.mesh import Ranks
 from paracompile.overlap import KeepOrder, inductor_settings
 from paracompile.report.report import Report
 
@@ -362,3 +364,18 @@ def test_a_constant_inside_the_model_reaches_the_compiler_of_a_sharded_graph(two
     x = image_tokens(WIDTH)
     found = call(lambda x: attention(x) + torch.tensor(shifts).repeat(x.shape[-1] // 2), x, compiler=compiler)
     assert found.shape == x.shape
+
+
+def test_graphs_of_ranks_on_different_gpus_compare_equal() -> None:
+    line = "arange: 'f32[4]' = torch.ops.aten.arange.default(4, device = device(type='cuda', index={}))"
+    texts = {comparable(f"# File: /{gpu}/model.py\n{line.format(gpu)}") for gpu in range(2)}
+    assert texts == {line.replace(", index={}", "")}
+    assert comparable(line.format(0)) != comparable(line.format(0).replace("arange.default(4", "arange.default(5"))
+
+
+def test_ranks_of_a_batch_axis_dump_into_folders_of_their_own(two_ranks: None, tmp_path: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("batch",))
+    call(randomise(SelfAttention()), image_tokens(WIDTH), mesh=mesh, compiler="eager", dump=tmp_path)
+    assert {path.parent.name for path in tmp_path.glob("*/*/*.py")} == {"rank_0"}
+    seen = Ranks.simulated(batch=2, ulysses=2, rank=3)
+    assert seen.flat_rank == 3
