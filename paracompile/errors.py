@@ -18,7 +18,7 @@ import torch
 if TYPE_CHECKING:
     from torch.fx import Node
 
-__all__ = ["GraphError", "OptionError", "ParacompileError", "RankError", "module_path", "source_line"]
+__all__ = ["GraphError", "OptionError", "ParacompileError", "RankError", "module_path", "module_paths", "source_line"]
 
 _TORCH_FOLDER = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n[ \t]*(?P<code>[^\n]*)')
@@ -100,13 +100,15 @@ def module_path(node: Node) -> str | None:
         the last entry of ``node.meta["nn_module_stack"]`` without Dynamo's spelling of the root; None where the node
         belongs to the root module itself, or has no such metadata.
     """
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return None
-    last = list(stack.values())[-1]
-    path = last[0] if isinstance(last, tuple) else last
-    path = _KEYED.sub(r".\g<key>", _ROOT.sub("", str(path)))
-    return path.strip(".") or None
+    paths = module_paths(node)
+    return (paths[-1] or None) if paths else None
+
+
+def module_paths(node: Node) -> list[str]:
+    """The modules that a node was captured in, outermost first, each spelled as by `module_path`; "" is the root."""
+    entries = node.meta.get("nn_module_stack", {}).values()
+    paths = (str(entry[0] if isinstance(entry, tuple) else entry) for entry in entries)
+    return [_KEYED.sub(r".\g<key>", _ROOT.sub("", path)).strip(".") for path in paths]
 
 
 def source_line(node: Node) -> str | None:

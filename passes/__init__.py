@@ -20,12 +20,30 @@ from paracompile.mesh import Ranks
 from paracompile.passes.attention_on_shards import Lengths, attention_on_shards, local_lengths
 from paracompile.passes.context_parallel import batch_parallel, context_parallel
 from paracompile.passes.drop_masked_keys import drop_masked_keys
+from paracompile.passes.first_block_cache import CacheLayout, CacheRules, first_block_cache
+from paracompile.passes.mark_blocks import Skipped, mark_blocks
 from paracompile.passes.normalise import normalise
 from paracompile.passes.schedule import schedule
 from paracompile.passes.static_lengths import static_lengths
 from paracompile.passes.subclasses import dispatch_on_subclasses
 
-__all__ = ["Pass", "check_contracts", "local_lengths", "pipeline", "run_passes"]
+__all__ = ["CacheLayout", "CachePasses", "CacheRules", "Pass", "check_contracts", "local_lengths", "pipeline", "run_passes"]
+
+
+@dataclass(frozen=True)
+class CachePasses:
+    """The two passes of the first block cache: what they are told, and what they tell.
+
+    attributes:
+        first_blocks, last_blocks: blocks at either end that are always computed.
+        rules: when the others are skipped.
+        laid_out: told what the graph takes and gives besides, if there is anything to skip.
+    """
+
+    first_blocks: int = 1
+    last_blocks: int = 0
+    rules: CacheRules = CacheRules()
+    laid_out: Callable[[CacheLayout], object] = lambda layout: None
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,7 @@ def pipeline(
     planned: Callable[[Plan], object] = lambda plan: None,
     drop_keys: bool = True,
     lengths: Sequence[Lengths] | None = None,
+    cache: CachePasses | None = None,
 ) -> list[Pass]:
     """The passes for a graph that is shared by `ranks`, in order.
 
@@ -63,6 +82,7 @@ def pipeline(
         planned: told each plan as it is made.
         drop_keys: drop keys that a mask hides from all.
         lengths: the graph's inputs are shards already, of these lengths on each rank (see `local_lengths`).
+        cache: skip blocks whose effect hardly changes.
     """
     aten, static = frozenset({"functional ATen"}), frozenset({"functional ATen", "static lengths"})
 
@@ -76,14 +96,37 @@ def pipeline(
         cuts.append(shard(partial(batch_parallel, axis=ranks.batch, planned=planned), "local rows"))
     if lengths is None and ranks.sequence_size > 1:
         cuts.append(shard(partial(context_parallel, ranks=ranks, planned=planned), "local tokens"))
+    marks, skips = _cache_passes(cache, ranks, static) if cache is not None else ([], [])
     return [
         Pass(normalise, provides="functional ATen"),
         Pass(static_lengths, requires=aten, provides="static lengths"),
+        *marks,
         *cuts,
         *([Pass(drop_masked_keys, requires=aten, provides="visible keys only")] if drop_keys else []),
+        *skips,
         Pass(schedule, requires=aten, provides="overlap"),
         Pass(dispatch_on_subclasses, requires=aten, provides="subclasses asked"),
     ]
+
+
+def _cache_passes(cache: CachePasses, ranks: Ranks, static: frozenset[str]) -> tuple[list[Pass], list[Pass]]:
+    """What comes before the graph is cut, and what after."""
+    found: list[Skipped] = []
+    mark = partial(
+        mark_blocks, first_blocks=cache.first_blocks, last_blocks=cache.last_blocks, found=found.append
+    )
+    skip = partial(
+        first_block_cache,
+        skipped=lambda: found[-1] if found else None,
+        rules=cache.rules,
+        ranks=ranks,
+        laid_out=cache.laid_out,
+    )
+    cut = frozenset({"local tokens", "local rows"})
+    return (
+        [Pass(mark, requires=static, provides="marked blocks", conflicts=cut)],
+        [Pass(skip, requires=frozenset({"marked blocks"}), provides="first block cache")],
+    )
 
 
 def check_contracts(passes: Sequence[Pass]) -> None:

@@ -15,7 +15,8 @@ Starts keep their order, which is the order in which they were written (v, k, q)
 in the same order. Before each start comes what it needs and has not been computed, first what depends on no pending
 wait. Inductor keeps this order, and its own reordering passes move what they can besides.
 
-Nothing moves across the edges of an autocast region, nor across a node that writes to its operand.
+Nothing moves across the edges of an autocast region, a conditional, or a node that writes to its operand. The branches
+of a conditional are ordered likewise.
 """
 
 from __future__ import annotations
@@ -30,17 +31,24 @@ from torch._ops import OpOverload
 import paracompile.runtime.kernels  # noqa: F401  (registers the operator of a ring's step)
 
 _RING_STEP = torch.ops.paracompile.attention_with_lse.default
-_AUTOCAST = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
+_EDGES = {
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+    torch.ops.higher_order.cond,
+}
 
 
 def schedule(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
-    """Reorders the nodes of `gm` in place; what they compute stays the same."""
+    """Reorders the nodes of `gm` and of its branches in place; what they compute stays the same."""
+    for branch in gm.children():
+        if isinstance(branch, fx.GraphModule):
+            schedule(branch, ())
     region: list[fx.Node] = []
     order: list[fx.Node] = [node for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")]
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             continue
-        if node.op == "output" or node.target in _AUTOCAST or _writes(node):
+        if node.op == "output" or node.target in _EDGES or _writes(node):
             order += _scheduled(region)
             region = []
             order.append(node)

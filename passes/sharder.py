@@ -67,6 +67,8 @@ class Sharder:
         with contextlib.ExitStack() as open_regions:
             for node in self.gm.graph.nodes:
                 self._node(node, open_regions)
+        for node in self.gm.graph.nodes:
+            self._carry_roles(node)
         self.write.graph.lint()
         local = fx.GraphModule(self.gm, self.write.graph)
         local.meta.update(self.gm.meta)
@@ -91,6 +93,15 @@ class Sharder:
             self.whole[value_of(node)] = copied
         elif node.target in _AUTOCAST:
             self._autocast(node, open_regions)
+
+    def _carry_roles(self, node: fx.Node) -> None:
+        """Gives each form of a value the roles that `mark_blocks` gave it, and says which form it is."""
+        roles: dict[str, str] = node.meta.get("cache_roles", {})
+        value = value_of(node)
+        parts = [self.cut.get(value), *(split for (of, _), split in self.split.items() if of == value)]
+        for form, written in (("", self.whole.get(value)), *(("/part", part) for part in parts)):
+            if roles and written is not None:
+                written.meta["cache_roles"] = {role: before + form for role, before in roles.items()}
 
     def _autocast(self, node: fx.Node, open_regions: contextlib.ExitStack) -> None:
         """Enters or leaves an autocast region for real, so that what is written inside gets its types."""

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
+_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "cache_part")
 
 
 class GraphWriter:

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from paracompile.mesh import Ranks
+from paracompile.passes.first_block_cache import COND
 
 c10d = torch.ops._c10d_functional
 
@@ -64,6 +65,9 @@ def _run(gm: fx.GraphModule, inputs: Sequence[Any]) -> Generator[Collective, Any
             return args[0]
         elif node.target is c10d.wait_tensor.default:
             environment[node] = args[0]
+        elif node.target is COND:
+            hit, reuse, compute, operands = args
+            environment[node] = yield from _run(reuse if hit else compute, operands)
         elif node.target in _COLLECTIVES:
             mine = _autocast_state()
             _set_autocast(outside)
@@ -114,7 +118,14 @@ def _all_gather(arguments: list[Any]) -> list[torch.Tensor]:
     return [gathered.clone() for _ in arguments]
 
 
+def _all_reduce(arguments: list[Any]) -> list[torch.Tensor]:
+    assert {operation for _, operation, _ in arguments} == {"sum"}
+    total = torch.stack([value for value, _, _ in arguments]).sum(0)
+    return [total.clone() for _ in arguments]
+
+
 _COLLECTIVES = {
+    c10d.all_reduce.default: _all_reduce,
     c10d.all_to_all_single.default: _all_to_all,
     c10d.all_gather_into_tensor.default: _all_gather,
 }

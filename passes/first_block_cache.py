@@ -1,0 +1,553 @@
+"""Skips the middle blocks when the first block's residual hardly changed: a conditional inside the one graph.
+
+    before                                  after
+    h1 = block_0(h0)                        h1 = block_0(h0)
+    h2 = block_1(h1)                        hit = |(h1 - h0) - previous| < rdt |previous|        (over all ranks)
+    ...                                     h3 = cond(hit, reuse, compute, (h1, weights ..., state ...))
+    h3 = block_2(h2)
+    return norm(h3)                         reuse:   h1 + stored
+                                            compute: block_1, block_2; stored := h3 - h1; previous := h1 - h0
+
+The first block's residual as the sign of change is ParaAttention's first block cache (2024), the blocks that are kept
+at both ends are cache-dit's DBCache, the extrapolation of what is stored is TaylorSeer (Liu et al., 2025).
+
+State comes in as further graph inputs, behind the graph's own, and only `compute` writes to it, so that a skipped step
+copies nothing. What is a number or two a call (the last timestep, how many hits in a row) is the *record*: it comes in
+as one input and leaves as one more output, so that the host never waits for it.
+
+    control  f32[2]    threshold (0: compute), and whether this call may belong to another image (1: it may)
+    record   f32[n]    see `Record`
+    state    previous residual; then for each stored value its residual and, for TaylorSeer, its differences
+
+Runs on a graph that `mark_blocks` marked, sharded or not. Values with a part on each rank are stored as such parts.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import factorial
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from paracompile.errors import GraphError
+from paracompile.layout.graph import is_tensor
+from paracompile.mesh import Ranks
+from paracompile.passes.mark_blocks import Skipped, part_of, roles_of
+from paracompile.passes.writer import GraphWriter
+
+__all__ = ["COND", "CacheLayout", "CacheRules", "Record", "first_block_cache"]
+
+aten = torch.ops.aten
+c10d = torch.ops._c10d_functional
+
+COND = torch.ops.higher_order.cond
+
+_AUTOCAST = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
+
+
+@dataclass(frozen=True)
+class CacheRules:
+    """When blocks are skipped, and what stands for them; see the options of the same names."""
+
+    warmup_steps: int = 0
+    max_consecutive_hits: int | None = None
+    downsample_factor: int = 1
+    taylor_order: int = 0
+
+
+class Record:
+    """The places of the numbers in a record; times and their directions follow."""
+
+    RATIO, HIT, STREAK, COMPUTED, STEPS, TIMES = range(6)
+
+    @staticmethod
+    def length(times: int) -> int:
+        return Record.TIMES + 2 * times
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What a graph with a cache takes beside its own inputs, in this order, and gives beside its own outputs.
+
+    attributes:
+        control, record: fake tensors like those two inputs; the record is also the last output.
+        state: fake tensors like the stored values, the previous residual first.
+        skipped: what may be skipped.
+    """
+
+    control: torch.Tensor
+    record: torch.Tensor
+    state: tuple[torch.Tensor, ...]
+    skipped: Skipped
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(value.numel() * value.element_size() for value in self.state)
+
+
+def first_block_cache(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[object],
+    *,
+    skipped: Callable[[], Skipped | None],
+    rules: CacheRules,
+    ranks: Ranks,
+    laid_out: Callable[[CacheLayout], object] = lambda layout: None,
+) -> fx.GraphModule:
+    """Writes the conditional; a graph in which nothing was marked stays as it is.
+
+    args:
+        skipped: what `mark_blocks` found.
+        ranks: all ranks that share the work; they decide together.
+        laid_out: told what the graph takes and gives besides.
+
+    raises:
+        GraphError: the middle blocks cannot be taken out of the graph.
+    """
+    marked = skipped()
+    if marked is None:
+        return gm
+    return _Writer(gm, marked, rules, ranks).run(laid_out)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A value that leaves the middle, and the one that it is a residual of (None: it is stored as it is)."""
+
+    leave: fx.Node
+    enter: fx.Node | None
+
+
+class _Writer:
+    def __init__(self, gm: fx.GraphModule, skipped: Skipped, rules: CacheRules, ranks: Ranks) -> None:
+        self.gm = gm
+        self.graph = gm.graph
+        self.skipped = skipped
+        self.rules = rules
+        self.ranks = ranks
+        fake_mode = detect_fake_mode([node.meta["val"] for node in gm.graph.nodes if is_tensor(node)])
+        assert fake_mode is not None
+        self.fake_mode: FakeTensorMode = fake_mode
+        self.write = GraphWriter(fake_mode, gm.graph)
+        self.roles: dict[str, dict[str, fx.Node]] = {}
+        for node in gm.graph.nodes:
+            for role, form in roles_of(node).items():
+                self.roles.setdefault(role, {}).setdefault(form, node)
+
+    def run(self, laid_out: Callable[[CacheLayout], object]) -> fx.GraphModule:
+        middle = [node for node in self.graph.nodes if part_of(node) == "middle"]
+        kept = self._kept(set(middle))
+        middle = [node for node in middle if part_of(node) == "middle"]  # some were hoisted
+        self._gather(middle)
+        before, after = self._residual()
+        layout = self._add_inputs(before, kept)
+        operands = self._operands(middle, before, after, kept)
+        with self.graph.inserting_after(middle[-1]):
+            anchor = self.graph.call_function(operator.add, (0, 0))  # what follows is written before it
+        with self.graph.inserting_before(anchor):
+            hit, clock = self._decide(before, after)
+            shared = {**operands, clock.computed: None, clock.distance: None}
+            compute = self._branch(list(shared), lambda write, place: self._compute(write, place, middle, kept, clock))
+            reuse = self._branch(list(shared), lambda write, place: self._reuse(write, place, kept, clock))
+            outputs = self._conditional(hit, reuse, compute, list(shared))
+            fine = outputs[-1]
+            record = self._new_record(hit, fine, clock)
+        self.graph.erase_node(anchor)
+        for value, output in zip(kept, outputs, strict=False):
+            value.leave.replace_all_uses_with(output)
+        for node in reversed(middle):
+            self.graph.erase_node(node)
+        self._add_output(record)
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        self.gm.recompile()
+        laid_out(layout)
+        return self.gm
+
+    # What is stored
+
+    def _kept(self, middle: set[fx.Node]) -> list[_Kept]:
+        """The values to store. What leaves the middle but does not depend on a stream is moved to the front."""
+        kept: list[_Kept] = []
+        leaving = [node for node in self.graph.nodes if node in middle and is_tensor(node) and _leaves(node, middle)]
+        entering = {node for role, forms in self.roles.items() if role.startswith("enter") for node in forms.values()}
+        for node in leaving:
+            role = next((role for role in roles_of(node) if role.startswith("leave")), None)
+            if role is not None:
+                form = roles_of(node)[role]
+                kept.append(_Kept(node, self.roles.get(role.replace("leave", "enter"), {}).get(form)))
+                continue
+            origin = _ancestors(node, middle)
+            if any(source in entering for inside in origin for source in inside.all_input_nodes):
+                kept.append(_Kept(node, None))
+            else:
+                for inside in origin:
+                    inside.meta["cache_part"] = "front"
+                middle -= origin
+        return kept
+
+    def _residual(self) -> tuple[fx.Node, fx.Node]:
+        """The stream before and after the blocks that decide, in one form."""
+        before, after = self.roles.get("before", {}), self.roles.get("after", {})
+        forms = sorted(set(before) & set(after), key=len, reverse=True)  # parts first: each rank looks at its own
+        if not forms:
+            node = next(iter(after.values()), None)
+            raise GraphError(
+                node,
+                "the stream is whole before the first blocks and shared by the ranks after them (or the other way "
+                "round), so their residual cannot be taken",
+                "choose another number of first_blocks, or leave out rdt",
+            )
+        return before[forms[0]], after[forms[0]]
+
+    def _gather(self, middle: list[fx.Node]) -> None:
+        """Moves what stands between the nodes of the middle before or behind it, so that it is one piece."""
+        inside = set(middle)
+        behind: set[fx.Node] = set()
+        between, within = [], False
+        for node in self.graph.nodes:
+            within = within or node is middle[0]
+            if within and node not in inside:
+                between.append(node)
+            if node is middle[-1]:
+                break
+        anchor = middle[-1]
+        for node in between:
+            if node.target in _AUTOCAST:
+                raise GraphError(
+                    node,
+                    "an autocast region begins or ends between blocks that may be skipped together",
+                    "put the model's blocks under one autocast region, or leave out rdt",
+                )
+            if any(source in inside or source in behind for source in node.all_input_nodes):
+                behind.add(node)
+                anchor.append(node)
+                anchor = node
+            else:
+                middle[0].prepend(node)
+
+    # The graph's inputs and outputs
+
+    def _add_inputs(self, before: fx.Node, kept: list[_Kept]) -> CacheLayout:
+        shape = list(before.meta["val"].shape)
+        shape[-1] = -(-shape[-1] // self.rules.downsample_factor)
+        sample = before.meta["val"]
+        with self.fake_mode, torch.inference_mode(False):
+            like = [torch.empty(shape, dtype=sample.dtype, device=sample.device)]
+            for value in kept:
+                made = value.leave.meta["val"]
+                count = self.rules.taylor_order + 1 if value.enter is not None else 1
+                like += [torch.empty(made.shape, dtype=made.dtype, device=made.device) for _ in range(count)]
+            times = sum(self._placeholder(index).meta["val"].numel() for index in self.skipped.times)
+            record = torch.empty(Record.length(times), dtype=torch.float32, device=sample.device)
+            control = torch.empty(2, dtype=torch.float32, device=sample.device)
+        self.control = self._input("cache_control", control)
+        self.record = self._input("cache_record", record)
+        self.previous = self._input("cache_previous", like[0])
+        rest = [self._input(f"cache_state_{number}", value) for number, value in enumerate(like[1:])]
+        self.stored: dict[fx.Node, list[fx.Node]] = {}
+        for value in kept:
+            count = self.rules.taylor_order + 1 if value.enter is not None else 1
+            self.stored[value.leave], rest = rest[:count], rest[count:]
+        return CacheLayout(control, record, tuple(like), self.skipped)
+
+    def _placeholder(self, index: int) -> fx.Node:
+        node: fx.Node = self.graph.find_nodes(op="placeholder")[index]
+        return node
+
+    def _input(self, name: str, like: torch.Tensor) -> fx.Node:
+        last = self.graph.find_nodes(op="placeholder")[-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = like
+        node._dynamo_source = None  # AOTAutograd asks where an input comes from: not from the model
+        return node
+
+    def _add_output(self, record: fx.Node) -> None:
+        (output,) = self.graph.find_nodes(op="output")
+        output.args = ((*output.args[0], record),)
+
+    # The decision
+
+    def _decide(self, before: fx.Node, after: fx.Node) -> tuple[fx.Node, _Clock]:
+        """Whether to skip: one boolean, the same on all ranks."""
+        write = self.write
+        clock = self._clock()
+        residual = self._subsampled_residual(write, before, after)
+        change = _sum_of_sizes(write, write(aten.sub.Tensor, _float(write, residual), _float(write, self.previous)))
+        size = _sum_of_sizes(write, _float(write, self.previous))
+        threshold = write(aten.select.int, self.control, 0, 0)
+        allowed = write(aten.logical_and.default, clock.continues, write(aten.gt.Scalar, threshold, 0))
+        steps = write(aten.ge.Scalar, clock.steps, self.rules.warmup_steps)
+        allowed = write(aten.logical_and.default, allowed, steps)
+        if self.rules.max_consecutive_hits is not None:
+            few = write(aten.lt.Scalar, clock.streak, self.rules.max_consecutive_hits)
+            allowed = write(aten.logical_and.default, allowed, few)
+        refusals = _float(write, write(aten.logical_not.default, allowed))
+        facts = write(aten.stack.default, [change, size, threshold, refusals])
+        if self.ranks.size > 1:
+            facts = write(c10d.all_reduce.default, facts, "sum", self.ranks.group)
+            facts = write(c10d.wait_tensor.default, facts)
+        change, size, threshold, refusals = (write(aten.select.int, facts, 0, place) for place in range(4))
+        limit = write(aten.mul.Tensor, write(aten.div.Scalar, threshold, self.ranks.size), size)
+        small = write(aten.lt.Tensor, change, limit)  # false where either is not a number
+        hit = write(aten.logical_and.default, small, write(aten.eq.Scalar, refusals, 0))
+        self.ratio = write(aten.div.Tensor, change, size)
+        return hit, clock
+
+    def _subsampled_residual(self, write: GraphWriter, before: fx.Node, after: fx.Node) -> fx.Node:
+        values = [before, after]
+        if self.rules.downsample_factor > 1:
+            end = torch.iinfo(torch.int64).max
+            values = [write(aten.slice.Tensor, value, -1, 0, end, self.rules.downsample_factor) for value in values]
+        return write(aten.sub.Tensor, values[1], values[0])
+
+    def _clock(self) -> _Clock:
+        """Where in a generation this call is, told from its times: a generation goes one way through them."""
+        write = self.write
+        entry = {
+            name: write(aten.select.int, self.record, 0, place)
+            for name, place in (("streak", Record.STREAK), ("computed", Record.COMPUTED), ("steps", Record.STEPS))
+        }
+        started = write(aten.gt.Scalar, entry["steps"], 0)
+        direction = moved = None
+        times = self._times()
+        continues = started
+        if times is not None:
+            count = times.meta["val"].numel()
+            last = write(aten.slice.Tensor, self.record, 0, Record.TIMES, Record.TIMES + count)
+            before = write(aten.slice.Tensor, self.record, 0, Record.TIMES + count, Record.TIMES + 2 * count)
+            step = write(aten.sign.default, write(aten.sub.Tensor, times, last))
+            still = write(aten.eq.Scalar, step, 0)
+            free = write(aten.logical_or.default, still, write(aten.eq.Scalar, before, 0))
+            onward = write(aten.logical_or.default, free, write(aten.eq.Tensor, step, before))
+            moved = write(aten.logical_not.default, write(aten.all.default, still))
+            continues = write(aten.logical_and.default, started, moved)
+            continues = write(aten.logical_and.default, continues, write(aten.all.default, onward))
+            direction = write(aten.where.self, still, before, step)
+            direction = write(aten.mul.Tensor, direction, _float(write, continues))
+        factor = _float(write, continues)
+        streak, computed, steps = (write(aten.mul.Tensor, entry[name], factor) for name in entry)
+        valid = write(aten.logical_and.default, continues, write(aten.gt.Scalar, computed, 0))
+        return _Clock(
+            continues=valid,
+            streak=streak,
+            computed=computed,
+            steps=steps,
+            distance=write(aten.add.Scalar, streak, 1),
+            times=times,
+            direction=direction,
+            repeated=None
+            if moved is None
+            else write(aten.logical_and.default, started, write(aten.logical_not.default, moved)),
+        )
+
+    def _times(self) -> fx.Node | None:
+        """All inputs that hold times, as one vector of float32."""
+        write = self.write
+        device = self.record.meta["val"].device
+        inputs = [self._placeholder(index) for index in self.skipped.times]
+        if not inputs:
+            return None
+        flat = [write(aten.reshape.default, node, [-1]) for node in inputs]
+        return write(
+            aten.cat.default, [write(aten._to_copy.default, x, dtype=torch.float32, device=device) for x in flat]
+        )
+
+    def _new_record(self, hit: fx.Node, fine: fx.Node, clock: _Clock) -> fx.Node:
+        write = self.write
+        hits = _float(write, hit)
+        streak = write(aten.mul.Tensor, clock.distance, hits)
+        computed = write(aten.mul.Tensor, write(aten.add.Scalar, clock.computed, 1), fine)
+        computed = write(aten.where.self, hit, clock.computed, computed)
+        if clock.repeated is not None:
+            # The same time again, perhaps of another image: whose state this is now nobody can say.
+            doubt = write(aten.gt.Scalar, write(aten.select.int, self.control, 0, 1), 0)
+            doubt = write(aten.logical_and.default, doubt, clock.repeated)
+            computed = write(aten.masked_fill.Scalar, computed, doubt, 0)
+        ratio = write(aten.masked_fill.Scalar, self.ratio, write(aten.eq.Scalar, clock.computed, 0), float("nan"))
+        numbers = [ratio, hits, streak, computed, write(aten.add.Scalar, clock.steps, 1)]
+        record = write(aten.stack.default, numbers)
+        if clock.times is None or clock.direction is None:
+            return record
+        return write(aten.cat.default, [record, clock.times, clock.direction])
+
+    # The two branches
+
+    def _operands(
+        self, middle: list[fx.Node], before: fx.Node, after: fx.Node, kept: list[_Kept]
+    ) -> dict[fx.Node, None]:
+        """What both branches are given, in order: all that the middle reads, and the state."""
+        inside = set(middle)
+        found = {
+            source: None
+            for node in middle
+            for source in node.all_input_nodes
+            if source not in inside and source.op != "get_attr"
+        }
+        for source in found:
+            if not is_tensor(source):
+                raise GraphError(source, "it is no tensor and is read by blocks that may be skipped", "leave out rdt")
+        entering = [value.enter for value in kept if value.enter is not None]
+        state = [self.previous, *(node for nodes in self.stored.values() for node in nodes)]
+        return found | dict.fromkeys([before, after, *entering, *state])
+
+    def _branch(
+        self, operands: list[fx.Node], body: Callable[[GraphWriter, dict[fx.Node, fx.Node]], list[fx.Node]]
+    ) -> fx.GraphModule:
+        graph = fx.Graph()
+        place: dict[fx.Node, fx.Node] = {}
+        for operand in operands:
+            place[operand] = graph.placeholder(operand.name)
+            place[operand].meta["val"] = operand.meta["val"]
+        outputs = body(GraphWriter(self.fake_mode, graph), place)
+        graph.output(tuple(outputs))
+        return fx.GraphModule(self.gm, graph)
+
+    def _compute(
+        self,
+        write: GraphWriter,
+        place: dict[fx.Node, fx.Node],
+        middle: list[fx.Node],
+        kept: list[_Kept],
+        clock: _Clock,
+    ) -> list[fx.Node]:
+        """The blocks themselves; stores what they add, and says whether all of it is finite."""
+        before, after = (place[node] for node in self._residual())
+        for node in middle:
+            for source in node.all_input_nodes:
+                if source.op == "get_attr" and source not in place:
+                    place[source] = write.graph.node_copy(source)
+            place[node] = write.graph.node_copy(node, place.__getitem__)
+        residual = self._subsampled_residual(write, before, after)
+        changes = [(place[self.previous], residual)]
+        sizes = [_sum_of_sizes(write, _float(write, residual))]
+        outputs = []
+        for value in kept:
+            leave = place[value.leave]
+            added = leave if value.enter is None else write(aten.sub.Tensor, leave, place[value.enter])
+            sizes.append(_sum_of_sizes(write, _float(write, added)))
+            stored = [place[node] for node in self.stored[value.leave]]
+            changes.append((stored[0], added))
+            for order, old in enumerate(stored[1:], 1):
+                added = self._difference(write, added, stored[order - 1], order, place, clock)
+                changes.append((old, added))
+            outputs.append(_contiguous(write, leave))
+        total = write(aten.sum.default, write(aten.stack.default, sizes))
+        fine = _float(write, write(aten.isfinite.default, total))
+        for old, new in changes:
+            write(aten.copy_.default, old, new)
+        return [*outputs, fine]
+
+    def _difference(
+        self,
+        write: GraphWriter,
+        new: fx.Node,
+        old: fx.Node,
+        order: int,
+        place: dict[fx.Node, fx.Node],
+        clock: _Clock,
+    ) -> fx.Node:
+        """The difference quotient of one order more; zero until so many steps were computed."""
+        change = write(aten.sub.Tensor, _float(write, new), _float(write, old))
+        quotient = write(aten.div.Tensor, change, place[clock.distance])
+        early = write(aten.lt.Scalar, place[clock.computed], order)
+        quotient = write(aten.masked_fill.Scalar, quotient, early, 0)
+        return write(aten._to_copy.default, quotient, dtype=new.meta["val"].dtype)
+
+    def _reuse(
+        self, write: GraphWriter, place: dict[fx.Node, fx.Node], kept: list[_Kept], clock: _Clock
+    ) -> list[fx.Node]:
+        """What the blocks added when they were last computed, or its extrapolation to this step."""
+        outputs = []
+        for value in kept:
+            first, *others = (place[node] for node in self.stored[value.leave])
+            if value.enter is None:
+                outputs.append(write(aten.clone.default, first, memory_format=torch.contiguous_format))
+                continue
+            added = first
+            if others:
+                added, power = _float(write, first), place[clock.distance]
+                for order, other in enumerate(others, 1):
+                    weight = write(aten.div.Scalar, power, factorial(order))
+                    term = write(aten.mul.Tensor, _float(write, other), weight)
+                    added = write(aten.add.Tensor, added, term)
+                    power = write(aten.mul.Tensor, power, place[clock.distance])
+                added = write(aten._to_copy.default, added, dtype=first.meta["val"].dtype)
+            outputs.append(_contiguous(write, write(aten.add.Tensor, place[value.enter], added)))
+        device = self.record.meta["val"].device
+        return [*outputs, write(aten.ones.default, [], dtype=torch.float32, device=device, pin_memory=False)]
+
+    def _conditional(
+        self, hit: fx.Node, reuse: fx.GraphModule, compute: fx.GraphModule, operands: list[fx.Node]
+    ) -> list[fx.Node]:
+        branches = []
+        for name, branch in (("reuse", reuse), ("compute", compute)):
+            self.gm.add_submodule(name, branch)
+            branches.append(self.graph.get_attr(name))
+        chosen = self.graph.call_function(COND, (hit, *branches, tuple(operands)))
+        (output,) = compute.graph.find_nodes(op="output")
+        chosen.meta["val"] = tuple(node.meta["val"] for node in output.args[0])
+        return [self.write(operator.getitem, chosen, index) for index in range(len(output.args[0]))]
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """Where in a generation a call is; numbers of shape ().
+
+    attributes:
+        continues: it follows a step of the same generation, of which something is stored.
+        streak: hits in a row before it.
+        computed: steps computed before it, since something was last found not finite.
+        steps: steps before it.
+        distance: steps since the last one that was computed.
+        times, direction: the times of this call and the way they go (-1, 0 for not known, 1); None without any.
+        repeated: it has the same times as the call before; None without any.
+    """
+
+    continues: fx.Node
+    streak: fx.Node
+    computed: fx.Node
+    steps: fx.Node
+    distance: fx.Node
+    times: fx.Node | None
+    direction: fx.Node | None
+    repeated: fx.Node | None
+
+
+def _leaves(node: fx.Node, middle: set[fx.Node]) -> bool:
+    return any(user not in middle for user in node.users)
+
+
+def _ancestors(node: fx.Node, middle: set[fx.Node]) -> set[fx.Node]:
+    """The node and all of the middle that it depends on."""
+    found, waiting = {node}, [node]
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source in middle and source not in found:
+                found.add(source)
+                waiting.append(source)
+    return found
+
+
+def _float(write: GraphWriter, value: fx.Node) -> fx.Node:
+    if value.meta["val"].dtype is torch.float32:
+        return value
+    return write(aten._to_copy.default, value, dtype=torch.float32)
+
+
+def _sum_of_sizes(write: GraphWriter, value: fx.Node) -> fx.Node:
+    return write(aten.sum.default, write(aten.abs.default, value))
+
+
+def _contiguous(write: GraphWriter, value: fx.Node) -> fx.Node:
+    """The value with the strides that both branches return; no view, which could share memory with an operand."""
+    if value.meta["val"].is_contiguous() and value.op != "placeholder":
+        return value
+    return write(aten.clone.default, value, memory_format=torch.contiguous_format)

@@ -1,0 +1,202 @@
+"""Marks what the first block cache may skip, in the graph of the whole model, before it is sharded.
+
+    part "front"    embeddings, the first blocks; what depends on no later part          always computed
+    part "middle"   blocks 1..N-1 and the code between them                              computed or skipped
+    part "back"     the last blocks, if some are kept; norm, projection, output          always computed
+
+Every node gets its part, and nodes that are written for it later (its shards, the exchanges between ranks) inherit it.
+Values get roles, which are carried over to the shards as well:
+
+    "before", "after"           the stream where it enters the first block, and where it leaves the front: the
+                                difference is the first block's residual, which decides
+    "enter k", "leave k"        a stream where it enters the middle, and what the back reads of it: their difference is
+                                what is stored. A value of the middle that is no stream only has "leave k".
+
+Requires functional ATen with static sizes; changes nothing but `meta`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+from paracompile.errors import GraphError, OptionError
+from paracompile.layout.graph import is_tensor
+from paracompile.patterns.blocks import Stream, find_stream, residual_source
+
+__all__ = ["Part", "Skipped", "mark_blocks", "part_of", "roles_of"]
+
+Part = Literal["front", "middle", "back"]
+
+_ORDER: dict[Part, int] = {"front": 0, "middle": 1, "back": 2}
+_AUTOCAST = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What may be skipped in one graph.
+
+    attributes:
+        blocks: the modules of all blocks on the stream, in order.
+        middle: those that may be skipped.
+        sample: the place of the graph input that is denoised, among all inputs; None where it is not clear.
+        times: the places of inputs that hold one number a row or one at all: timesteps, guidance.
+    """
+
+    blocks: tuple[str, ...]
+    middle: tuple[str, ...]
+    sample: int | None
+    times: tuple[int, ...]
+
+
+def part_of(node: fx.Node) -> Part:
+    """The part that a node belongs to; a result of an operation belongs to where the operation does."""
+    while node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    part: Part = node.meta.get("cache_part", "front")
+    return part
+
+
+def roles_of(node: fx.Node) -> dict[str, str]:
+    """The roles of a node's value; for each, which form of it this is ("" the whole, "/part" a rank's part of it)."""
+    roles: dict[str, str] = node.meta.get("cache_roles", {})
+    return roles
+
+
+def mark_blocks(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[object],
+    *,
+    first_blocks: int = 1,
+    last_blocks: int = 0,
+    found: Callable[[Skipped], object] = lambda skipped: None,
+) -> fx.GraphModule:
+    """Marks the graph's nodes; leaves a graph without repeated blocks as it is, and `found` is not told of any.
+
+    args:
+        first_blocks: blocks at the front that are always computed and decide.
+        last_blocks: blocks at the end that are always computed.
+
+    raises:
+        OptionError: no block is left to skip.
+    """
+    stream = find_stream(gm.graph)
+    if stream is None:
+        return gm
+    paths = tuple(block.path for block in stream.blocks)
+    end = len(paths) - last_blocks
+    if first_blocks >= end:
+        raise OptionError(
+            "first_blocks" if first_blocks >= len(paths) else "last_blocks",
+            first_blocks if first_blocks >= len(paths) else last_blocks,
+            f"the model has {len(paths)} blocks, {paths[0]} to {paths[-1]}: with {first_blocks} computed at the front "
+            f"and {last_blocks} at the end, none is left to skip",
+        )
+    parts = _parts(gm.graph, stream, first_blocks, end)
+    for node, part in parts.items():
+        node.meta["cache_part"] = part
+    _mark(_start_of_residual(stream, first_blocks), "before")
+    _mark(stream.exits[first_blocks - 1], "after")
+    for number, node in enumerate(_leaving(gm.graph, parts)):
+        _mark(node, f"leave {number}")
+        source = residual_source(node, lambda inside: parts.get(inside) == "middle")
+        if source is not None:
+            _mark(source, f"enter {number}")
+    times = _times(gm.graph)
+    found(Skipped(paths, paths[first_blocks:end], _sample(gm.graph, stream, times), times))
+    return gm
+
+
+def _mark(node: fx.Node, role: str) -> None:
+    node.meta["cache_roles"] = {**roles_of(node), role: ""}
+
+
+def _parts(graph: fx.Graph, stream: Stream, first: int, end: int) -> dict[fx.Node, Part]:
+    """The part of every node but the autocast edges outside blocks, which stay where they stand."""
+    of_block: dict[fx.Node, Part] = {}
+    for index, block in enumerate(stream.blocks):
+        part: Part = "front" if index < first else "middle" if index < end else "back"
+        of_block.update(dict.fromkeys(block.nodes, part))
+    feeds_middle: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if any(of_block.get(user) == "middle" or user in feeds_middle for user in node.users):
+            feeds_middle.add(node)
+    parts: dict[fx.Node, Part] = {}
+    for node in graph.nodes:
+        if node.op == "output" or (node.target in _AUTOCAST and node not in of_block):
+            continue
+        latest: Part = max(
+            (parts.get(source, "front") for source in node.all_input_nodes), key=_ORDER.__getitem__, default="front"
+        )
+        if node in of_block:
+            parts[node] = of_block[node]
+            _check_order(node, parts[node], latest)
+        else:
+            parts[node] = "back" if latest == "middle" and node not in feeds_middle else latest
+        if node.target is operator.getitem:
+            parts[node] = parts[node.all_input_nodes[0]]
+    return parts
+
+
+def _check_order(node: fx.Node, part: Part, latest: Part) -> None:
+    if _ORDER[latest] > _ORDER[part]:
+        raise GraphError(
+            node,
+            f"it belongs to the blocks at the {part} and needs a value of a later block ({latest}), so blocks cannot "
+            "be skipped",
+            "choose other first_blocks and last_blocks, or leave out rdt",
+        )
+
+
+def _leaving(graph: fx.Graph, parts: dict[fx.Node, Part]) -> list[fx.Node]:
+    """The values of the middle that are read after it."""
+    return [
+        node
+        for node in graph.nodes
+        if parts.get(node) == "middle" and is_tensor(node) and any(parts.get(user) != "middle" for user in node.users)
+    ]
+
+
+def _start_of_residual(stream: Stream, first: int) -> fx.Node:
+    """Where the stream has entered the blocks of the front that keep its shape."""
+    shape = stream.exits[first - 1].meta["val"].shape
+    start = first - 1
+    while start > 0 and stream.entries[start - 1].meta["val"].shape == shape:
+        start -= 1
+    return stream.entries[start]
+
+
+def _times(graph: fx.Graph) -> tuple[int, ...]:
+    return tuple(index for index, node in _call_inputs(graph) if node.meta["val"].dim() <= 1)
+
+
+def _sample(graph: fx.Graph, stream: Stream, times: tuple[int, ...]) -> int | None:
+    """Of the inputs that the stream starts from: one as large as an output (a denoiser's), else the largest."""
+    seen, waiting = {stream.entries[0]}, [stream.entries[0]]
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                waiting.append(source)
+    (output,) = graph.find_nodes(op="output")
+    shapes = [node.meta["val"].shape for node in output.all_input_nodes if is_tensor(node)]
+    candidates = [
+        (node.meta["val"].shape in shapes, node.meta["val"].numel(), -index)
+        for index, node in _call_inputs(graph)
+        if node in seen and index not in times
+    ]
+    return -max(candidates)[2] if candidates else None
+
+
+def _call_inputs(graph: fx.Graph) -> list[tuple[int, fx.Node]]:
+    """The tensors that a call brings, with their places: neither parameters nor buffers."""
+    return [
+        (index, node)
+        for index, node in enumerate(graph.find_nodes(op="placeholder"))
+        if is_tensor(node) and "_dynamo_static_input_type" not in node.meta.get("tensor_dict", {})
+    ]

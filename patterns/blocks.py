@@ -1,0 +1,239 @@
+"""The repeated blocks of a transformer, and the streams of tokens that run through them.
+
+    h0 ──► block 0 ──► h1 ──► block 1 ──► ... ──► block N ──► norm, projection ──► output
+           h1 = h0 + f(h0)                          (a residual stream: every block adds to it)
+
+A block is a module in a list ("blocks.3") that is like another in the list: it has at least half of the other's
+submodules (the last block is often shorter, or other at its end: what nobody reads is left out). The run of blocks
+is found from its end: a value that leaves the last block is followed backwards through what a residual stream is made
+of (additions, and views that join it to other tokens or take it out again), block by block and from list to list,
+until it comes from something else: an embedding. Blocks beside the stream (refiners of the text) are never met.
+
+Requires functional ATen with fake tensors (`normalise`). Nothing is mutated.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from paracompile.errors import module_paths
+from paracompile.layout.graph import is_tensor, named_arguments
+
+aten = torch.ops.aten
+
+_KEEPS = {aten.clone.default, aten._to_copy.default, aten.clamp.default, aten.nan_to_num.default, aten.alias.default}
+_CUTS = {aten.split.Tensor, aten.split_with_sizes.default}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block.
+
+    attributes:
+        path: its module, as "transformer_blocks.3".
+        nodes: what was captured in it, in the graph's order.
+    """
+
+    path: str
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream that reaches the output.
+
+    attributes:
+        blocks: the blocks it runs through, in order.
+        entries: the value that enters each block.
+        exits: the value that leaves each block.
+    """
+
+    blocks: tuple[Block, ...]
+    entries: tuple[fx.Node, ...]
+    exits: tuple[fx.Node, ...]
+
+
+def find_blocks(graph: fx.Graph) -> list[Block]:
+    """All blocks of lists of modules, by their place in the graph; of nested lists the outermost."""
+    nodes: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        path = _block_of(node)
+        if path is not None:
+            nodes.setdefault(path, []).append(node)
+    blocks = {path: Block(path, tuple(inside)) for path, inside in nodes.items()}
+    inner = {path: _inner(block) for path, block in blocks.items()}
+    lists: dict[str, list[str]] = {}
+    for path in blocks:
+        lists.setdefault(path.rpartition(".")[0], []).append(path)
+    found = [
+        blocks[path]
+        for path in blocks
+        if len(inner[path]) > 1 and _has_likeness(inner[path], [inner[o] for o in lists[path.rpartition(".")[0]]])
+    ]
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    return sorted(found, key=lambda block: position[block.nodes[0]])
+
+
+def find_stream(graph: fx.Graph) -> Stream | None:
+    """The residual stream through the longest run of blocks; None where no two blocks follow each other on one."""
+    blocks = find_blocks(graph)
+    owner = {node: block for block in blocks for node in block.nodes}
+    runs = []
+    for last in blocks:
+        exits = [node for node in last.nodes if is_tensor(node) and any(user not in owner for user in node.users)]
+        traced = [stream for node in exits if (stream := _run_to(node, owner)) is not None]
+        if traced:
+            runs.append(max(traced, key=lambda stream: (len(stream.blocks), _size(stream.exits[-1]))))
+    best = max(runs, key=lambda stream: len(stream.blocks), default=None)
+    return best if best is not None and len(best.blocks) > 1 else None
+
+
+def residual_source(value: fx.Node, inside: Callable[[fx.Node], bool]) -> fx.Node | None:
+    """The value outside that `value` is a residual stream of: `value` = it + what was added inside.
+
+    None where there is no such value of the same shape and type.
+    """
+    found = [node for node in _sources(value, inside) if _alike(node, value)]
+    return found[0] if found else None
+
+
+def _block_of(node: fx.Node) -> str | None:
+    return next((path for path in module_paths(node) if path.rpartition(".")[2].isdigit()), None)
+
+
+def _inner(block: Block) -> frozenset[str]:
+    """The submodules that a block's nodes come from, by their names inside the block."""
+    return frozenset(
+        path[len(block.path) :]
+        for node in block.nodes
+        for path in module_paths(node)
+        if path == block.path or path.startswith(block.path + ".")
+    )
+
+
+def _has_likeness(inner: frozenset[str], of_list: Sequence[frozenset[str]]) -> bool:
+    """Whether another block of the list is alike; a list of one has none to compare with."""
+    return len(of_list) == 1 or sum(2 * len(inner & other) >= min(len(inner), len(other)) for other in of_list) > 1
+
+
+def _run_to(value: fx.Node, owner: dict[fx.Node, Block]) -> Stream | None:
+    """The stream that ends with `value`, which leaves a block."""
+    blocks: list[Block] = []
+    entries: list[fx.Node] = []
+    exits: list[fx.Node] = []
+    current: fx.Node | None = value
+    while current is not None:
+        block = owner[current]
+        source = residual_source(current, lambda node, block=block: owner.get(node) is block)  # type: ignore[misc]
+        if source is None:
+            break
+        blocks.append(block)
+        entries.append(source)
+        exits.append(current)
+        current = _exit_before(source, owner)
+        if current is not None and owner[current] in blocks:
+            break
+    if not blocks:
+        return None
+    return Stream(tuple(blocks[::-1]), tuple(entries[::-1]), tuple(exits[::-1]))
+
+
+def _exit_before(entry: fx.Node, owner: dict[fx.Node, Block]) -> fx.Node | None:
+    """The value of an earlier block that `entry` comes from; the largest where lists join several streams."""
+    if entry in owner:
+        return entry
+    found = [node for node in _sources(entry, lambda node: node not in owner) if node in owner]
+    return max(found, key=_size, default=None)
+
+
+Window = tuple[int, int, int] | None
+"""A part of a value: dimension, first position and length; None for all of it."""
+
+
+def _sources(value: fx.Node, inside: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """The values not inside that `value` is a residual stream of, or is joined or cut from."""
+    found: dict[fx.Node, None] = {}
+    seen: set[tuple[fx.Node, Window]] = set()
+    waiting: list[tuple[fx.Node, Window]] = [(value, None)]
+    while waiting:
+        node, window = waiting.pop()
+        if (node, window) in seen:
+            continue
+        seen.add((node, window))
+        if node.op == "placeholder" or not inside(node):
+            if node is not value and _covers(node, window):
+                found[node] = None
+            continue
+        waiting.extend(_steps(node, window))
+    return list(found)
+
+
+def _steps(node: fx.Node, window: Window) -> list[tuple[fx.Node, Window]]:
+    """Where the stream comes from in one node."""
+    if node.target is operator.getitem:
+        return _step_of_part(node, window)
+    if not isinstance(node.target, torch._ops.OpOverload) or not is_tensor(node):
+        return []
+    arguments = named_arguments(node)
+    operands = [source for source in node.all_input_nodes if is_tensor(source)]
+    same = [(source, window) for source in operands if _shape(source) == _shape(node)]
+    if node.target in _KEEPS or (node.target is aten.reshape.default and same):
+        return same
+    if node.target is aten.add.Tensor and arguments["alpha"] == 1:
+        return same
+    if node.target is aten.slice.Tensor and arguments["step"] == 1 and window is None:
+        source, dim = arguments["self"], arguments["dim"] % len(_shape(node))
+        start = arguments["start"] or 0
+        first = max(0, start + _shape(source)[dim] if start < 0 else start)
+        return [(source, (dim, first, _shape(node)[dim]))]
+    if node.target is aten.cat.default:
+        return _steps_of_cat(arguments["tensors"], arguments["dim"] % len(_shape(node)), window)
+    return []
+
+
+def _step_of_part(node: fx.Node, window: Window) -> list[tuple[fx.Node, Window]]:
+    """A `getitem` of a split takes a window of what is split."""
+    split, index = node.args
+    if window is not None or not isinstance(split, fx.Node) or split.target not in _CUTS:
+        return []
+    arguments = named_arguments(split)
+    dim = arguments["dim"] % len(_shape(node))
+    lengths = [part.shape[dim] for part in split.meta["val"]]
+    assert isinstance(index, int)
+    return [(arguments["self"], (dim, sum(lengths[:index]), lengths[index]))]
+
+
+def _steps_of_cat(parts: Sequence[fx.Node], dim: int, window: Window) -> list[tuple[fx.Node, Window]]:
+    if window is None or window[0] != dim:
+        return [(part, window) for part in parts] if window is None else []
+    start = 0
+    for part in parts:
+        length = _shape(part)[dim]
+        if window[1:] == (start, length):
+            return [(part, None)]
+        start += length
+    return []
+
+
+def _covers(node: fx.Node, window: Window) -> bool:
+    """Whether a window takes in the whole value."""
+    return window is None or window[1:] == (0, _shape(node)[window[0]])
+
+
+def _alike(node: fx.Node, other: fx.Node) -> bool:
+    return is_tensor(node) and _shape(node) == _shape(other) and node.meta["val"].dtype == other.meta["val"].dtype
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def _size(node: fx.Node) -> int:
+    return prod(_shape(node))
