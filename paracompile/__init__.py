@@ -3,8 +3,22 @@
 `torch.compile(transformer, backend="paracompile", options={"mesh": mesh})`; see `paracompile.options.Options`.
 """
 
+from paracompile.cache import cache_context, cache_stats, reset_cache, set_rdt
 from paracompile.errors import GraphError, OptionError, ParacompileError, RankError
 from paracompile.mesh import init_mesh
+from paracompile.report.cache_stats import CacheStats
 from paracompile.report.report import Report
 
-__all__ = ["GraphError", "OptionError", "ParacompileError", "RankError", "Report", "init_mesh"]
+__all__ = [
+    "CacheStats",
+    "GraphError",
+    "OptionError",
+    "ParacompileError",
+    "RankError",
+    "Report",
+    "cache_context",
+    "cache_stats",
+    "init_mesh",
+    "reset_cache",
+    "set_rdt",
+]

@@ -6,34 +6,45 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import fx
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import CompileContext
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.errors import ParacompileError
+from paracompile.integrations import diffusers
 from paracompile.layout.graph import Operation, operations
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 from paracompile.options import Options
 from paracompile.overlap import inductor_settings
-from paracompile.passes import local_lengths, pipeline, run_passes
+from paracompile.passes import CacheLayout, CachePasses, CacheRules, local_lengths, pipeline, run_passes
 from paracompile.passes.attention_on_shards import Lengths
 from paracompile.passes.context_parallel import flops_of
 from paracompile.passes.drop_masked_keys import attends_to_visible
+from paracompile.passes.first_block_cache import COMPUTE
+from paracompile.passes.subclasses import flatten_inputs, flattened_inputs
 from paracompile.patterns.rules import rule_for
 from paracompile.report.dump import Dump
 from paracompile.report.report import Report, report_of
 from paracompile.runtime.agreement import Agreement
+from paracompile.runtime.cached_call import CachedCall, StateLike
 from paracompile.runtime.inputs import InputAgreement
+from paracompile.runtime.slots import CallSigns
+from paracompile.thresholds import default_rdt
 
 Compiled = Callable[..., Any]
+
+diffusers.listen()  # torch.compile imports this module, so a pipeline's first step is heard already
 
 
 def paracompile(
@@ -41,8 +52,9 @@ def paracompile(
 ) -> Compiled:
     """The backend: `torch.compile(model, backend="paracompile", options=options)`; see `Options` for the options.
 
-    On one rank the graph goes to the compiler as it is, unless attention masks in it only hide keys. On several it is
-    sharded first, and all ranks agree on the graph, the options and the plan before any of them runs a collective.
+    On one rank the graph goes to the compiler as it is, unless attention masks in it only hide keys, or blocks are to
+    be skipped. On several it is sharded first, and all ranks agree on the graph, the options and the plan before any of
+    them runs a collective.
 
     raises:
         OptionError: options that cannot work.
@@ -56,7 +68,7 @@ def paracompile(
         facts["options"] = chosen.fingerprint()
     dump = Dump(chosen.dump, _compile_name(), ranks.flat_rank)
     dump("captured", gm)
-    if ranks.is_single:
+    if ranks.is_single and not chosen.caches:
         if chosen.drop_masked_keys and _has_masks(gm) and not _wants_gradients(gm, example_inputs):
             rewritten = run_passes(gm, example_inputs, pipeline(ranks), after=dump)
             gm = rewritten if attends_to_visible(rewritten) else gm
@@ -70,30 +82,121 @@ def paracompile(
         _check_gradients(gm, example_inputs)
         plans: list[Plan] = []
         done: list[Operation] = []
+        layouts: list[CacheLayout] = []
 
         def after(name: str, graph: fx.GraphModule) -> None:
             if name == "normalise" and lengths is None:  # graphs of shards differ in their sizes
                 facts["graph"] = comparable(graph.print_readable(print_output=False, include_stride=True))
             if name == "schedule":  # the last graph that is all ATen
-                done.extend(operations(graph.graph, rule_for))
+                done.extend(_all_operations(graph))
             dump(name, graph)
 
-        passes = pipeline(ranks, planned=plans.append, drop_keys=chosen.drop_masked_keys, lengths=lengths)
+        threshold = _threshold(chosen, gm, example_inputs)
+        passes = pipeline(
+            ranks,
+            planned=plans.append,
+            drop_keys=chosen.drop_masked_keys,
+            lengths=lengths,
+            cache=_cache_passes(chosen, layouts.append) if chosen.caches else None,
+        )
         local = run_passes(gm, example_inputs, passes, after=after)
-        facts["plan"] = "\n".join(map(describe, plans))
+        facts["plan"] = "\n".join([*map(describe, plans), *(str(layout.skipped) for layout in layouts)])
+    flat = flattened_inputs(local)
     with agreement.stage("compile"):
-        compiled = _compile(local, example_inputs, chosen, inductor_settings())
+        inputs = flatten_inputs(example_inputs, flat)
+        for layout in layouts:
+            inputs += [layout.control, layout.record, *layout.state]
+        compiled = _compile(local, inputs, chosen, {} if ranks.is_single else inductor_settings())
         _warn_at_recompile_limit()
+    if chosen.caches and not layouts:
+        warnings.warn(_NO_BLOCKS, stacklevel=2)
     if chosen.report is not None:
-        chosen.report(report_of(plans, ranks, local, done, flops_of))
+        report = report_of(plans, ranks, local, done, flops_of)
+        chosen.report(_with_cache(report, chosen, local, layouts))
     agree = InputAgreement(
-        mode=chosen.inputs if chosen.shard_inputs else "trust",
+        mode=chosen.inputs if chosen.shard_inputs and not ranks.is_single else "trust",
         indices=tuple(index for index, node in _placeholders(gm) if not _is_static(node)),
         group=ranks.group,
-        source=ranks.members[0],
+        source=ranks.members[0] if ranks.members else 0,
         names=tuple(node.name for _, node in _placeholders(gm) if not _is_static(node)),
     )
+    for layout in layouts:
+        return CachedCall(
+            compiled,
+            prepare=lambda args: flatten_inputs(agree(args), flat),
+            like=_state_like(layout),
+            threshold=threshold,
+            static=tuple(index for index, node in _placeholders(gm) if _is_static(node)),
+            signs=_signs(gm, layout),
+        )
     return lambda *args: compiled(*agree(args))
+
+
+_NO_BLOCKS = (
+    "paracompile: rdt was given, and this graph has no repeated blocks on a residual stream that reaches its output: "
+    "nothing of it is ever skipped. Compile the transformer as one graph (fullgraph=True tells where it breaks)."
+)
+
+
+def _cache_passes(options: Options, laid_out: Callable[[CacheLayout], object]) -> CachePasses:
+    rules = CacheRules(
+        warmup_steps=options.warmup_steps,
+        max_consecutive_hits=options.max_consecutive_hits,
+        downsample_factor=options.downsample_factor,
+        taylor_order=options.taylor_order,
+    )
+    return CachePasses(options.first_blocks, options.last_blocks, rules, laid_out)
+
+
+def _threshold(options: Options, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> float:
+    if options.rdt != "auto":
+        return options.rdt or 0.0
+    return default_rdt(_classes(gm), quantised=any(map(is_traceable_wrapper_subclass, example_inputs)))
+
+
+def _classes(gm: fx.GraphModule) -> list[str]:
+    """The names of the classes of the modules in a graph, the outermost first."""
+    root = InstructionTranslator.current_tx().f_locals.get("self")
+    stacks = [node.meta.get("nn_module_stack", {}).values() for node in gm.graph.nodes]
+    return [type(root).__name__, *(getattr(kind, "__name__", str(kind)) for stack in stacks for _, kind in stack)]
+
+
+def _state_like(layout: CacheLayout) -> StateLike:
+    record, *state = ((tuple(like.shape), like.dtype, like.device) for like in (layout.record, *layout.state))
+    return StateLike(record, tuple(state))
+
+
+def _signs(gm: fx.GraphModule, layout: CacheLayout) -> CallSigns:
+    """What stays the same through a generation is what is neither denoised nor a time."""
+    others = {layout.skipped.sample, *layout.skipped.times}
+    conditioning = (
+        index
+        for index, node in _placeholders(gm)
+        if isinstance(node.meta.get("example_value"), torch.Tensor) and not _is_static(node) and index not in others
+    )
+    return CallSigns(tuple(conditioning), layout.skipped.sample)
+
+
+def _all_operations(gm: fx.GraphModule) -> list[Operation]:
+    """The operations of a step in which all blocks are computed."""
+    branch = getattr(gm, COMPUTE, None)
+    return operations(gm.graph, rule_for) + (operations(branch.graph, rule_for) if branch is not None else [])
+
+
+def _with_cache(report: Report, options: Options, local: fx.GraphModule, layouts: Sequence[CacheLayout]) -> Report:
+    """The report, with what the first block cache may skip."""
+    if not options.caches:
+        return report
+    if not layouts:
+        return replace(report, notes=(*report.notes, _NO_BLOCKS))
+    (layout,) = layouts
+    return replace(
+        report,
+        blocks=len(layout.skipped.blocks),
+        blocks_skipped=len(layout.skipped.middle),
+        flops_skipped=sum(map(flops_of, operations(getattr(local, COMPUTE).graph, rule_for))),
+        state_bytes=layout.state_bytes,
+    )
 
 
 def _lengths(gm: fx.GraphModule, ranks: Ranks, agreement: Agreement) -> list[Lengths]:
@@ -185,9 +288,8 @@ def _check_gradients(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     if wanted:
         others = f" and {len(wanted) - 1} more inputs" if wanted[1:] else ""
         raise ParacompileError(
-            f"gradients are wanted (of {wanted[0]}{others}), and a "
-            "sharded graph has none: call the model under torch.no_grad() or torch.inference_mode(), or "
-            "model.requires_grad_(False)"
+            f"gradients are wanted (of {wanted[0]}{others}), and a graph that is sharded or cached has none: call the "
+            "model under torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)"
         )
 
 

@@ -40,8 +40,29 @@ class Options:
     """What ranks do about inputs that differ, at each call: "broadcast" sends the first rank's to all, "check" compares
     the bytes and raises, "trust" does nothing."""
 
-    rdt: float | None = None
-    """Threshold of the first block cache, a ratio (residual difference); 0 and None are off."""
+    rdt: float | Literal["auto"] | None = None
+    """Threshold of the first block cache: the largest relative difference of the first block's residual, from the last
+    computed step to this one, at which the other blocks are skipped. "auto": a known one for the model's class. 0 and
+    None are off: nothing of the cache is in the graph."""
+
+    warmup_steps: int = 0
+    """The first block cache computes so many first steps of each generation."""
+
+    max_consecutive_hits: int | None = None
+    """The first block cache skips so often in a row at most; None: no limit."""
+
+    downsample_factor: int = 1
+    """The first block cache compares every so-manieth channel of the residual only."""
+
+    taylor_order: int = 0
+    """What stands for skipped blocks: 0 what they added when they were last computed; 1, 2 its extrapolation over the
+    steps by differences of that order (TaylorSeer)."""
+
+    first_blocks: int = 1
+    """Blocks at the front that are always computed and decide."""
+
+    last_blocks: int = 0
+    """Blocks at the end that are always computed."""
 
     shard_inputs: bool = True
     """False: the inputs are this rank's shards already, cut as `torch.chunk` cuts them, and so are the outputs; only
@@ -100,6 +121,7 @@ class Options:
         if not self.shard_inputs and self.inputs == "check":
             raise OptionError("inputs", self.inputs, "shards differ from rank to rank: leave it out")
         object.__setattr__(self, "rdt", _rdt(self.rdt))
+        self._check_cache()
         object.__setattr__(self, "inductor", _inductor(self.inductor))
         if self.mode is not None:
             import torch._inductor
@@ -114,10 +136,28 @@ class Options:
         _dump(self.dump)
         if self.report is not None and not callable(self.report):
             raise OptionError("report", self.report, "give a function that takes one report, or None")
-        seconds = _number("timeout", self.timeout, "give the seconds that ranks wait for each other, more than 0")
+        seconds = number("timeout", self.timeout, "give the seconds that ranks wait for each other, more than 0")
         if not (0 < seconds < math.inf):
             raise OptionError("timeout", self.timeout, "give a finite number of seconds, more than 0")
         object.__setattr__(self, "timeout", seconds)
+
+    @property
+    def caches(self) -> bool:
+        """Whether the first block cache is asked for."""
+        return bool(self.rdt)
+
+    def _check_cache(self) -> None:
+        for key, least, most in _CACHE_OPTIONS:
+            value = getattr(self, key)
+            if value == _DEFAULTS[key] and not isinstance(value, bool):
+                continue
+            if not self.caches:
+                raise OptionError(key, value, 'only the first block cache reads it: give "rdt" as well, or remove it')
+            limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+            if isinstance(value, bool) or not isinstance(value, int) or value < least or value > (most or value):
+                raise OptionError(key, value, f"give a whole number {limits}")
+        if self.caches and not self.shard_inputs:
+            raise OptionError("rdt", self.rdt, "the first block cache needs the whole model: remove shard_inputs")
 
     def fingerprint(self) -> str:
         """Everything that must be equal on all ranks, one ``name = value`` a line, the same text in every process.
@@ -131,6 +171,7 @@ class Options:
             else (self.mesh.device_type, self.mesh.mesh_dim_names, self.mesh.mesh.tolist()),
             "inputs": self.inputs,
             "rdt": self.rdt or None,
+            **{key: getattr(self, key) for key, _, _ in _CACHE_OPTIONS},
             "shard_inputs": self.shard_inputs,
             "drop_masked_keys": self.drop_masked_keys,
             "compiler": self.compiler,
@@ -151,25 +192,34 @@ def _one_of(key: str, value: object, choices: tuple[str, ...]) -> None:
         raise OptionError(key, value, f"give one of {', '.join(repr(choice) for choice in choices)}{hint}")
 
 
-def _number(key: str, value: object, remedy: str) -> float:
+def number(key: str, value: object, remedy: str) -> float:
+    """The value as a float; an OptionError if it is no number."""
     # bool is an int to Python; True for a number of seconds or a ratio is a slip.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise OptionError(key, value, remedy)
     return float(value)
 
 
-def _rdt(value: object) -> float | None:
-    if value is None:
-        return None
-    remedy = "give a number that is not negative (0 or None: no cache)"
-    rdt = _number("rdt", value, remedy)
-    if math.isnan(rdt) or rdt < 0:
+def _rdt(value: object) -> float | Literal["auto"] | None:
+    if value is None or value == "auto":
+        return value
+    remedy = 'give a finite number that is not negative (0 or None: no cache), or "auto"'
+    rdt = number("rdt", value, remedy)
+    if not 0 <= rdt < math.inf:
         raise OptionError("rdt", value, remedy)
-    if rdt > 0:
-        raise OptionError(
-            "rdt", value, "the first block cache isn't available in this version: leave it out, or give 0"
-        )
     return rdt
+
+
+# Name, least value, largest value
+_CACHE_OPTIONS: tuple[tuple[str, int, int | None], ...] = (
+    ("warmup_steps", 0, None),
+    ("max_consecutive_hits", 1, None),
+    ("downsample_factor", 1, None),
+    ("taylor_order", 0, 2),
+    ("first_blocks", 1, None),
+    ("last_blocks", 0, None),
+)
+_DEFAULTS = {spec.name: spec.default for spec in fields(Options)}
 
 
 def _inductor(patches: object) -> dict[str, Any]:

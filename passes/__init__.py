@@ -8,7 +8,7 @@ granted; `check_contracts` holds the list against the contracts before anything 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,16 @@ from paracompile.passes.schedule import schedule
 from paracompile.passes.static_lengths import static_lengths
 from paracompile.passes.subclasses import dispatch_on_subclasses
 
-__all__ = ["CacheLayout", "CachePasses", "CacheRules", "Pass", "check_contracts", "local_lengths", "pipeline", "run_passes"]
+__all__ = [
+    "CacheLayout",
+    "CachePasses",
+    "CacheRules",
+    "Pass",
+    "check_contracts",
+    "local_lengths",
+    "pipeline",
+    "run_passes",
+]
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class CachePasses:
 
     first_blocks: int = 1
     last_blocks: int = 0
-    rules: CacheRules = CacheRules()
+    rules: CacheRules = field(default_factory=CacheRules)
     laid_out: Callable[[CacheLayout], object] = lambda layout: None
 
 
@@ -112,9 +121,7 @@ def pipeline(
 def _cache_passes(cache: CachePasses, ranks: Ranks, static: frozenset[str]) -> tuple[list[Pass], list[Pass]]:
     """What comes before the graph is cut, and what after."""
     found: list[Skipped] = []
-    mark = partial(
-        mark_blocks, first_blocks=cache.first_blocks, last_blocks=cache.last_blocks, found=found.append
-    )
+    mark = partial(mark_blocks, first_blocks=cache.first_blocks, last_blocks=cache.last_blocks, found=found.append)
     skip = partial(
         first_block_cache,
         skipped=lambda: found[-1] if found else None,

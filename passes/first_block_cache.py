@@ -28,7 +28,6 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import factorial
-from typing import Any
 
 import torch
 from torch import fx
@@ -41,12 +40,14 @@ from paracompile.mesh import Ranks
 from paracompile.passes.mark_blocks import Skipped, part_of, roles_of
 from paracompile.passes.writer import GraphWriter
 
-__all__ = ["COND", "CacheLayout", "CacheRules", "Record", "first_block_cache"]
+__all__ = ["COMPUTE", "COND", "REUSE", "CacheLayout", "CacheRules", "Record", "first_block_cache"]
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 
 COND = torch.ops.higher_order.cond
+REUSE, COMPUTE = "reuse", "compute"
+"""The names of the two branches, submodules of the graph."""
 
 _AUTOCAST = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
 
@@ -488,7 +489,7 @@ class _Writer:
         self, hit: fx.Node, reuse: fx.GraphModule, compute: fx.GraphModule, operands: list[fx.Node]
     ) -> list[fx.Node]:
         branches = []
-        for name, branch in (("reuse", reuse), ("compute", compute)):
+        for name, branch in ((REUSE, reuse), (COMPUTE, compute)):
             self.gm.add_submodule(name, branch)
             branches.append(self.graph.get_attr(name))
         chosen = self.graph.call_function(COND, (hit, *branches, tuple(operands)))

@@ -104,7 +104,9 @@ def _pass_leaves(gm: fx.GraphModule, conditional: fx.Node, rebuilt: Rebuilt) -> 
             branch.graph.erase_node(node)
         _respell(branch.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default), wholes)
         branch.recompile()
-    flat = [leaf for operand in operands for leaf in (rebuilt[operand][1] if operand in rebuilt else [operand])]
+    flat: list[Any] = []
+    for operand in operands:
+        flat.extend(rebuilt[operand][1] if isinstance(operand, fx.Node) and operand in rebuilt else [operand])
     conditional.args = (hit, reuse, compute, tuple(flat))
 
 

@@ -27,7 +27,11 @@ class Report:
         collectives: how often one call starts each kind of collective.
         bytes_sent: bytes that one rank sends in one call.
         flops_whole: operations of all matrix products and attentions in the model.
-        flops_rank: those of one rank.
+        flops_rank: those of one rank, in a step in which all blocks are computed.
+        blocks: blocks on the stream that the first block cache looks at; 0 without it.
+        blocks_skipped: how many of them it may skip.
+        flops_skipped: operations of one rank in these.
+        state_bytes: bytes that it stores on a rank for each slot.
         notes: what was gathered on the way, and why.
     """
 
@@ -39,21 +43,33 @@ class Report:
     bytes_sent: int = 0
     flops_whole: int = 0
     flops_rank: int = 0
+    blocks: int = 0
+    blocks_skipped: int = 0
+    flops_skipped: int = 0
+    state_bytes: int = 0
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        rows = [("ranks", str(self.ranks))]
         if self.ranks == 1:
-            return "one rank: nothing was sharded"
-        share = self.flops_rank / self.flops_whole if self.flops_whole else 0.0
-        rows = [
-            ("ranks", str(self.ranks)),
-            ("attentions sharded", str(self.attentions)),
-            ("attentions without communication", str(self.cross_attentions)),
-            ("attentions left whole", str(self.whole_attentions)),
-            ("collectives in a call", ", ".join(f"{count} {name}" for name, count in self.collectives.items())),
-            ("bytes sent by a rank", f"{self.bytes_sent:,}"),
-            ("work of a rank", f"{share:.1%} of the model's products"),
-        ]
+            rows = [("ranks", "1, nothing was sharded")]
+        else:
+            share = self.flops_rank / self.flops_whole if self.flops_whole else 0.0
+            rows += [
+                ("attentions sharded", str(self.attentions)),
+                ("attentions without communication", str(self.cross_attentions)),
+                ("attentions left whole", str(self.whole_attentions)),
+                ("collectives in a call", ", ".join(f"{count} {name}" for name, count in self.collectives.items())),
+                ("bytes sent by a rank", f"{self.bytes_sent:,}"),
+                ("work of a rank", f"{share:.1%} of the model's products"),
+            ]
+        if self.blocks:
+            rest = 1 - self.flops_skipped / self.flops_rank if self.flops_rank else 1.0
+            rows += [
+                ("blocks that may be skipped", f"{self.blocks_skipped} of {self.blocks}"),
+                ("work of a skipped step", f"{rest:.1%} of a step"),
+                ("bytes stored for each slot", f"{self.state_bytes:,}"),
+            ]
         width = max(len(name) for name, _ in rows)
         return "\n".join([f"{name:<{width}}  {value}" for name, value in rows] + [f"- {note}" for note in self.notes])
 
@@ -79,7 +95,8 @@ def report_of(
     exchanged = [operation for operation in cut if plans[-1].exchanged(operation)]
     collectives: Counter[str] = Counter()
     sent = 0
-    for node in local.graph.nodes:
+    branches = [branch for branch in local.children() if isinstance(branch, fx.GraphModule)]
+    for node in (node for graph in (local, *branches) for node in graph.graph.nodes):
         kind = _collective(node)
         if kind is not None:
             collectives[kind] += 1
@@ -91,7 +108,7 @@ def report_of(
         whole_attentions=len(attentions) - len(cut),
         collectives=dict(collectives),
         bytes_sent=sent,
-        flops_whole=sum(map(flops, plans[0].operations)) if plans else 0,
+        flops_whole=sum(map(flops, plans[0].operations if plans else local_operations)),
         flops_rank=sum(map(flops, local_operations)),
         notes=tuple(note for each in plans for note in _notes(each)),
     )
@@ -109,6 +126,8 @@ def _bytes_sent(kind: str, node: fx.Node, ranks: Ranks) -> int:
     size: int = tensor.numel() * tensor.element_size()
     if kind == "all_gather_into_tensor":
         return size * (cast(int, node.args[1]) - 1)  # to each of the others
+    if kind == "all_reduce":
+        return 2 * size * (ranks.size - 1) // ranks.size  # as a ring sends it
     sizes, group = cast(list[int], node.args[2]), node.args[3]
     own = sizes[ranks.ring.rank if group == ranks.ring.group else ranks.ulysses.rank]  # not sent
     return size * (sum(sizes) - own) // max(1, sum(sizes))

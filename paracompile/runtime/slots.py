@@ -1,0 +1,99 @@
+"""Which trajectory a call belongs to: the conditional pass and the unconditional one never share state.
+
+A name says it outright: `cache_context` of paracompile, or of diffusers' models (its pipelines use it). Without a name
+the calls themselves tell: a pipeline passes the very same tensors of conditioning (text, ids, masks) at each step of
+one trajectory, and others for another. What is not surely the same is another trajectory, and starts by computing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["UNKNOWN", "Call", "CallSigns", "current_name", "named"]
+
+UNKNOWN = "not told apart"
+"""The name of the slot of calls without any sign; nothing is ever reused in it."""
+
+_name: ContextVar[str | None] = ContextVar("paracompile_cache_context", default=None)
+
+
+def current_name() -> str | None:
+    """The name that the innermost `named` gave."""
+    return _name.get()
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Calls inside belong to the slot of this name."""
+    token = _name.set(name)
+    try:
+        yield
+    finally:
+        _name.reset(token)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A tensor that was passed: the same object, not written to since, is the same value."""
+
+    reference: weakref.ref[Tensor]
+    address: int
+    version: int | None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Seen:
+        version = None if tensor.is_inference() else tensor._version
+        return cls(weakref.ref(tensor), tensor.data_ptr(), version)
+
+    def is_same(self, other: _Seen) -> bool:
+        tensor = self.reference()
+        return (
+            tensor is not None
+            and tensor is other.reference()
+            and (self.address, self.version) == (other.address, other.version)
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """The signs of one call: its conditioning, and the sample that it denoises."""
+
+    conditioning: tuple[_Seen, ...]
+    sample: _Seen
+
+    def continues(self, last: Call) -> bool:
+        """Whether both calls have the same conditioning."""
+        return all(mine.is_same(theirs) for mine, theirs in zip(self.conditioning, last.conditioning, strict=True))
+
+    def same_sample(self, last: Call) -> bool:
+        return self.sample.is_same(last.sample)
+
+    def alive(self) -> bool:
+        """Whether the conditioning can still come again."""
+        return all(seen.reference() is not None for seen in self.conditioning)
+
+
+@dataclass(frozen=True)
+class CallSigns:
+    """Where among a graph's arguments the signs are.
+
+    attributes:
+        conditioning: places of tensors that stay the same through a trajectory.
+        sample: the place of the tensor that is denoised, if it is known.
+    """
+
+    conditioning: tuple[int, ...]
+    sample: int | None
+
+    def of(self, args: Sequence[Any]) -> Call | None:
+        """The signs of a call; None where it has none."""
+        if self.sample is None or not self.conditioning:
+            return None
+        return Call(tuple(_Seen.of(args[place]) for place in self.conditioning), _Seen.of(args[self.sample]))
