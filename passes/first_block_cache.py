@@ -548,7 +548,8 @@ def _sum_of_sizes(write: GraphWriter, value: fx.Node) -> fx.Node:
 
 
 def _contiguous(write: GraphWriter, value: fx.Node) -> fx.Node:
-    """The value with the strides that both branches return; no view, which could share memory with an operand."""
-    if value.meta["val"].is_contiguous() and value.op != "placeholder":
+    """The value laid out as both branches return it: no part of a larger one."""
+    made = value.meta["val"]
+    if made.is_contiguous() and made.storage_offset() == 0 and value.op != "placeholder":
         return value
     return write(aten.clone.default, value, memory_format=torch.contiguous_format)
