@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import CompileContext
 from torch._inductor import list_mode_options
@@ -37,7 +37,7 @@ from paracompile.patterns.rules import rule_for
 from paracompile.report.dump import Dump
 from paracompile.report.report import Report, report_of
 from paracompile.runtime.agreement import Agreement
-from paracompile.runtime.cached_call import CachedCall, StateLike
+from paracompile.runtime.cached_call import CachedCall, StateLike, graph_compiled
 from paracompile.runtime.inputs import InputAgreement
 from paracompile.runtime.slots import CallSigns
 from paracompile.thresholds import default_rdt
@@ -66,6 +66,8 @@ def paracompile(
         chosen = Options.parse(options)
         ranks = Ranks.from_mesh(chosen.mesh)
         facts["options"] = chosen.fingerprint()
+    diffusers.listen()  # it may have been imported since
+    graph_compiled([value for value in example_inputs if isinstance(value, nn.Parameter)], caches=chosen.caches)
     dump = Dump(chosen.dump, _compile_name(), ranks.flat_rank)
     dump("captured", gm)
     if ranks.is_single and not chosen.caches:
@@ -82,13 +84,15 @@ def paracompile(
         _check_gradients(gm, example_inputs)
         plans: list[Plan] = []
         done: list[Operation] = []
+        skippable: list[Operation] = []
         layouts: list[CacheLayout] = []
 
         def after(name: str, graph: fx.GraphModule) -> None:
             if name == "normalise" and lengths is None:  # graphs of shards differ in their sizes
                 facts["graph"] = comparable(graph.print_readable(print_output=False, include_stride=True))
             if name == "schedule":  # the last graph that is all ATen
-                done.extend(_all_operations(graph))
+                skippable.extend(_skippable_operations(graph))
+                done.extend(operations(graph.graph, rule_for) + skippable)
             dump(name, graph)
 
         threshold = _threshold(chosen, gm, example_inputs)
@@ -112,7 +116,7 @@ def paracompile(
         warnings.warn(_NO_BLOCKS, stacklevel=2)
     if chosen.report is not None:
         report = report_of(plans, ranks, local, done, flops_of)
-        chosen.report(_with_cache(report, chosen, local, layouts))
+        chosen.report(_with_cache(report, layouts, skippable) if chosen.caches else report)
     agree = InputAgreement(
         mode=chosen.inputs if chosen.shard_inputs and not ranks.is_single else "trust",
         indices=tuple(index for index, node in _placeholders(gm) if not _is_static(node)),
@@ -156,9 +160,10 @@ def _threshold(options: Options, gm: fx.GraphModule, example_inputs: Sequence[An
 
 def _classes(gm: fx.GraphModule) -> list[str]:
     """The names of the classes of the modules in a graph, the outermost first."""
-    root = InstructionTranslator.current_tx().f_locals.get("self")
+    root = InstructionTranslator.current_tx().f_locals.get("self")  # in no module's stack
+    roots = [type(root).__name__] if isinstance(root, nn.Module) else []
     stacks = [node.meta.get("nn_module_stack", {}).values() for node in gm.graph.nodes]
-    return [type(root).__name__, *(getattr(kind, "__name__", str(kind)) for stack in stacks for _, kind in stack)]
+    return roots + [getattr(kind, "__name__", str(kind)) for stack in stacks for _, kind in stack]
 
 
 def _state_like(layout: CacheLayout) -> StateLike:
@@ -167,26 +172,26 @@ def _state_like(layout: CacheLayout) -> StateLike:
 
 
 def _signs(gm: fx.GraphModule, layout: CacheLayout) -> CallSigns:
-    """What stays the same through a generation is what is neither denoised nor a time."""
+    """What stays the same through a generation is what is neither denoised nor a time; without both, nothing tells."""
+    if layout.skipped.sample is None or not layout.skipped.times:
+        return CallSigns(())
     others = {layout.skipped.sample, *layout.skipped.times}
     conditioning = (
         index
         for index, node in _placeholders(gm)
         if isinstance(node.meta.get("example_value"), torch.Tensor) and not _is_static(node) and index not in others
     )
-    return CallSigns(tuple(conditioning), layout.skipped.sample)
+    return CallSigns(tuple(conditioning))
 
 
-def _all_operations(gm: fx.GraphModule) -> list[Operation]:
-    """The operations of a step in which all blocks are computed."""
+def _skippable_operations(gm: fx.GraphModule) -> list[Operation]:
+    """The operations that a skipped step leaves out."""
     branch = getattr(gm, COMPUTE, None)
-    return operations(gm.graph, rule_for) + (operations(branch.graph, rule_for) if branch is not None else [])
+    return operations(branch.graph, rule_for) if branch is not None else []
 
 
-def _with_cache(report: Report, options: Options, local: fx.GraphModule, layouts: Sequence[CacheLayout]) -> Report:
+def _with_cache(report: Report, layouts: Sequence[CacheLayout], skippable: Sequence[Operation]) -> Report:
     """The report, with what the first block cache may skip."""
-    if not options.caches:
-        return report
     if not layouts:
         return replace(report, notes=(*report.notes, _NO_BLOCKS))
     (layout,) = layouts
@@ -194,7 +199,7 @@ def _with_cache(report: Report, options: Options, local: fx.GraphModule, layouts
         report,
         blocks=len(layout.skipped.blocks),
         blocks_skipped=len(layout.skipped.middle),
-        flops_skipped=sum(map(flops_of, operations(getattr(local, COMPUTE).graph, rule_for))),
+        flops_skipped=sum(map(flops_of, skippable)),
         state_bytes=layout.state_bytes,
     )
 
