@@ -1,0 +1,185 @@
+"""Runs a pipeline with each setting, on the same prompts and seeds.
+
+Wall times are of whole calls that compile nothing: the first call after a compile, and each call in which something
+was compiled, is made again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+import paracompile
+from paracompile.errors import ParacompileError
+from paracompile.tune.results import Figures, Job, Results
+from paracompile.tune.settings import Setting
+
+__all__ = ["Runner", "check_call", "load", "run_jobs", "state_of"]
+
+_ALWAYS = 1e30
+"""A threshold under which everything is skipped: warms up what a skipped step runs, too."""
+
+_OURS = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")
+
+
+def load(folder: Path, device: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline of a folder that `save_pretrained` wrote.
+
+    raises:
+        ParacompileError: no such folder, or a pipeline without the one transformer that is tuned.
+    """
+    _check_folder(folder)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
+    if not isinstance(getattr(pipeline, "transformer", None), nn.Module):
+        raise ParacompileError(f"--pipe {folder}: a {type(pipeline).__name__} has no transformer")
+    if isinstance(getattr(pipeline, "transformer_2", None), nn.Module):
+        raise ParacompileError(f"--pipe {folder}: a {type(pipeline).__name__} has two transformers; one can be tuned")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def state_of(folder: Path) -> str:
+    """A word for what lies in the pipeline's folder: another one after its weights changed.
+
+    raises:
+        ParacompileError: no such folder.
+    """
+    _check_folder(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    stamps = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return f"{sum(size for _, size, _ in stamps)} bytes, changed last at {max(stamp for *_, stamp in stamps)} ns"
+
+
+def check_call(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -> None:
+    """Whether the pipeline's call takes these arguments.
+
+    raises:
+        ParacompileError: it does not.
+    """
+    known = inspect.signature(pipeline.__call__).parameters
+    for name in arguments:
+        if name in _OURS:
+            raise ParacompileError(f"--call {name}: tune sets this argument itself")
+        if name not in known:
+            names = ", ".join(known)
+            raise ParacompileError(f"{type(pipeline).__name__} takes no argument {name!r}; it takes {names}")
+
+
+def run_jobs(jobs: Sequence[Job], results: Results, runner: Callable[[], Runner]) -> dict[Job, Figures]:
+    """The figures of all pictures; makes those that are missing, in the order given.
+
+    args:
+        runner: loads what makes them; not called where nothing is missing.
+    """
+    figures = {job: done for job in jobs if (done := results.done(job)) is not None}
+    waiting = [job for job in jobs if job not in figures]
+    if waiting:
+        with tqdm(total=len(jobs), initial=len(figures), unit="picture") as bar:
+            bar.set_description("loading")
+            run = runner()
+            for job in waiting:
+                name = job.setting.name
+                bar.set_description(name if run.ready_for(job.setting) else f"warming up for {name}")
+                picture, figures[job] = run(job)
+                results.save(job, picture, figures[job])
+                bar.update()
+    return figures
+
+
+class Runner:
+    """Calls a pipeline with one setting after the other.
+
+    args:
+        arguments: of the pipeline's call, besides the prompt and the generator.
+        compiler: the option of that name.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, arguments: Mapping[str, Any], compiler: str) -> None:
+        check_call(pipeline, arguments)
+        self.pipeline = pipeline
+        self.arguments = arguments
+        self.compiler = compiler
+        self.transformer: nn.Module = pipeline.transformer
+        self.reports: list[paracompile.Report] = []
+        self._fixed: tuple[object, ...] | None = None
+
+    def ready_for(self, setting: Setting) -> bool:
+        """Whether the setting needs no further compile."""
+        return self._fixed == setting.fixed
+
+    def __call__(self, job: Job) -> tuple[Image.Image, Figures]:
+        """Makes one picture.
+
+        raises:
+            ParacompileError: the pipeline makes no picture, or the cache can skip nothing in it.
+        """
+        if not self.ready_for(job.setting):
+            self._prepare(job)
+        if job.setting.rdt is not None:
+            paracompile.set_rdt(self.transformer, job.setting.rdt)
+        while True:
+            compiled = len(self.reports)
+            picture, seconds = self._call(job)
+            if len(self.reports) == compiled:
+                return picture, self._figures(job.setting, seconds)
+
+    def _prepare(self, job: Job) -> None:
+        """Compiles for a setting, by a first call."""
+        setting = job.setting
+        self._fixed = None
+        self.reports = []
+        self.pipeline.transformer = self.transformer
+        torch._dynamo.reset()  # each compile counts against the limit of one function
+        if setting.compiled:
+            options: dict[str, Any] = dict(setting.knobs) | {"compiler": self.compiler, "report": self.reports.append}
+            self.pipeline.transformer = torch.compile(
+                self.transformer, backend="paracompile", fullgraph=True, options=options
+            )
+        if setting.rdt is not None:
+            paracompile.set_rdt(self.transformer, _ALWAYS)
+        self._call(job)
+        if setting.rdt is not None and not (self.reports and all(report.blocks for report in self.reports)):
+            name = type(self.transformer).__name__
+            raise ParacompileError(f"there are no blocks in {name} that the cache could skip: nothing to tune")
+        self._fixed = setting.fixed
+
+    def _call(self, job: Job) -> tuple[Image.Image, float]:
+        generator = torch.Generator("cpu").manual_seed(job.seed)  # the same noise on every device
+        self._wait()
+        start = time.perf_counter()
+        output = self.pipeline(prompt=job.prompt, generator=generator, output_type="pil", **self.arguments)
+        self._wait()
+        seconds = time.perf_counter() - start
+        images = getattr(output, "images", None)
+        if not isinstance(images, list) or len(images) != 1 or not isinstance(images[0], Image.Image):
+            raise ParacompileError(f"a {type(self.pipeline).__name__} makes no single picture: it cannot be tuned")
+        return images[0], seconds
+
+    def _wait(self) -> None:
+        if self.pipeline.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _figures(self, setting: Setting, seconds: float) -> Figures:
+        if setting.rdt is None:
+            return Figures(seconds)
+        stats, report = paracompile.cache_stats(self.transformer), self.reports[-1]
+        return Figures(seconds, stats.steps, stats.hits, report.blocks, report.blocks_skipped)
+
+
+def _check_folder(folder: Path) -> None:
+    if not os.path.isfile(folder / "model_index.json"):
+        what = "has no model_index.json" if folder.is_dir() else "there is no such folder"
+        raise ParacompileError(
+            f"--pipe {folder}: {what}. Give a folder that a pipeline's save_pretrained wrote; a model of the Hub "
+            "becomes one by `hf download NAME --local-dir FOLDER`"
+        )
