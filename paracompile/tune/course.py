@@ -40,7 +40,7 @@ def tune(plan: Plan) -> str:
         for setting in (PLAIN, NO_CACHE, *plan.settings)
     }
     figures = run_jobs(
-        [job for each in jobs.values() for job in each],
+        [job for places in zip(*jobs.values(), strict=True) for job in places],
         results,
         lambda: Runner(load(plan.pipe, plan.device, plan.dtype), plan.call, plan.compiler),
     )
@@ -102,7 +102,8 @@ def _facts(plan: Plan) -> dict[str, Any]:
 def _device_name(plan: Plan) -> str:
     if plan.device == "cuda":
         return torch.cuda.get_device_name()
-    return f"{processor() or 'cpu'}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{processor() or 'cpu'}, {threads} thread{'s' * (threads > 1)}"
 
 
 def _title(plan: Plan) -> str:

@@ -73,7 +73,7 @@ def _names(setting: Setting) -> list[str]:
 def _head(row: Row, lines: int) -> list[str]:
     """What stands above a column: the setting in so many lines, and its figures over all pictures."""
     names = _names(row.setting)
-    head = [*names, *[""] * (lines - len(names)), f"{row.seconds:.3g} s, {row.time_ratio:.2f} of no cache"]
+    head = [*names, *[""] * (lines - len(names)), f"{row.seconds:#.3g} s ({row.time_ratio:.0%} of no cache)"]
     head.append(f"{row.computed:.0%} of blocks")
     if row.score is not None:
         head.append(f"score {row.score:.3f}")

@@ -1,13 +1,16 @@
-"""Quality against speed: one panel for each measure, one line for each choice of the other knobs, points named."""
+"""Quality against speed: a panel for each measure, a line for each choice of the other knobs, its points named."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
@@ -17,97 +20,138 @@ from paracompile.tune.table import Limits, Row
 
 __all__ = ["plot"]
 
-# Where a name may stand, in points from its own, and how it is aligned there; the first that is free is taken
-_PLACES = [(6, 6), (6, -6), (-6, -6), (-6, 6), (0, 11), (0, -11), (16, 14), (16, -14), (-16, -14), (-16, 14)]
+# Where a name may stand, in points from its own; the first place that is free is taken
+_PLACES = [(6, 6), (6, -6), (-6, -6), (-6, 6), (0, 11), (0, -11), (14, 16), (14, -16), (-14, -16), (-14, 16)]
+
+_STAR: dict[str, Any] = dict(marker="*", markersize=11, label="no cache", zorder=3)
+_RING: dict[str, Any] = dict(marker="o", markersize=14, markerfacecolor="none", label="recommended")
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """What a panel shows.
+
+    attributes:
+        mean, worst: over the pictures of a setting; None: not shown.
+        limit: what the user asks.
+        top: values above it are drawn there.
+        span: the least that the axis shows, so that nothing small looks large.
+    """
+
+    label: str
+    mean: Callable[[Row], float | None]
+    worst: Callable[[Row], float | None]
+    limit: float | None = None
+    top: float = float("inf")
+    span: float = 0.0
 
 
 def plot(rows: Sequence[Row], limits: Limits, chosen: Row | None, title: str, path: Path) -> None:
     """Draws the settings with a cache; the limits are lines, the recommended setting has a ring."""
-    panels: list[tuple[str, Callable[[Row], float | None], Callable[[Row], float | None], float | None]] = [
-        ("PSNR against the plain pictures, dB", lambda row: row.psnr, lambda row: row.psnr_worst, limits.psnr),
-        ("SSIM against the plain pictures", lambda row: row.ssim, lambda row: row.ssim_worst, None),
-    ]
-    if rows[0].score is not None:
-        panels.append(("judge's score", lambda row: row.score, lambda row: None, limits.score))
-    figure = Figure(figsize=(5.6 * len(panels), 5), layout="constrained")
-    drawn: list[tuple[Axes, list[Annotation]]] = []
-    for place, (label, mean, worst, limit) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, len(panels), place)
-        drawn.append((axes, _panel(axes, rows, mean, worst)))
-        if limit is not None:
-            axes.axhline(limit, color="black", linestyle=":", linewidth=1, label="limit")
-        if chosen is not None and (value := mean(chosen)) is not None:
-            ring = dict(marker="o", markersize=14, markerfacecolor="none", markeredgecolor="black", linestyle="none")
-            axes.plot([chosen.speed], [value], label="recommended", **ring)  # type: ignore[arg-type]
-        axes.set_xlabel("speed, compiled without a cache = 1")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        axes.margins(0.12)
+    measures = _measures(rows, limits)
+    figure = Figure(figsize=(5.6 * len(measures), 5), layout="constrained")
+    panels: list[tuple[Axes, list[Annotation]]] = []
+    for place, measure in enumerate(measures, 1):
+        axes = figure.add_subplot(1, len(measures), place)
+        panels.append((axes, _panel(axes, measure, rows, chosen)))
     entries: dict[str, Artist] = {}
-    for axes, _ in drawn:
-        handles, labels = axes.get_legend_handles_labels()
-        entries = dict(zip(labels, handles, strict=True)) | entries
+    for axes, _ in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
     figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(title, fontsize=11)
     figure.draw_without_rendering()  # lays out, which says where the points are
-    for axes, names in drawn:
+    for axes, names in panels:
         _spread(axes, names)
     figure.savefig(path, dpi=130)
 
 
-def _panel(
-    axes: Axes,
-    rows: Sequence[Row],
-    mean: Callable[[Row], float | None],
-    worst: Callable[[Row], float | None],
-) -> list[Annotation]:
+def _measures(rows: Sequence[Row], limits: Limits) -> list[_Measure]:
+    finite = [psnr for row in rows for psnr in (row.psnr, row.psnr_worst) if psnr < PSNR_LIMIT]
+    top = max(finite) + max(1.0, 0.1 * (max(finite) - min(finite))) if finite else PSNR_LIMIT
+    measures = [
+        _Measure(
+            "PSNR against plain, dB", lambda row: row.psnr, lambda row: row.psnr_worst, limits.psnr, top, span=2.0
+        ),
+        _Measure("SSIM against plain", lambda row: row.ssim, lambda row: row.ssim_worst, span=0.01),
+    ]
+    if rows[0].score is not None:
+        measures.append(_Measure("judge's score", lambda row: row.score, lambda row: None, limits.score, span=0.1))
+    return measures
+
+
+def _panel(axes: Axes, measure: _Measure, rows: Sequence[Row], chosen: Row | None) -> list[Annotation]:
+    """Draws one panel; returns the names of its points."""
     lines: dict[str, list[Row]] = {}
     for row in rows:
         if row.setting.rdt is not None:
             others = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in row.setting.others)
             lines.setdefault(others or "rdt alone", []).append(row)
-    annotations = []
+    names = []
     for number, (label, line) in enumerate(lines.items()):
         line.sort(key=lambda row: row.setting.rdt or 0)
-        speeds, values = [row.speed for row in line], [mean(row) for row in line]
         colour = f"C{number}"
-        axes.plot(speeds, values, marker="o", color=colour, label=f"{label} (mean)")  # type: ignore[arg-type]
-        lows = [worst(row) for row in line]
-        if None not in lows:
-            axes.plot(speeds, lows, marker="v", linestyle="none", alpha=0.5, color=colour, label="the worst picture")  # type: ignore[arg-type]
-        for row, value in zip(line, values, strict=True):
-            if value is not None:
-                name = f"rdt {row.setting.rdt:g}"
-                annotations.append(
-                    axes.annotate(name, (row.speed, value), xytext=(6, 6), textcoords="offset points", fontsize=9)
-                )
+        points = [(row.speed, min(value, measure.top)) for row in line if (value := measure.mean(row)) is not None]
+        axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=f"{label} (mean)")
+        lows = [(row.speed, min(value, measure.top)) for row in line if (value := measure.worst(row)) is not None]
+        if lows:
+            axes.plot(
+                *zip(*lows, strict=True), marker="v", linestyle="none", alpha=0.5, color=colour, label="worst picture"
+            )
+        for row, point in zip(line, points, strict=True):
+            equal = " (equal)" * (row.psnr >= PSNR_LIMIT and measure.top < PSNR_LIMIT)
+            names.append(_name(axes, f"rdt {row.setting.rdt:g}{equal}", point, colour))
     (without,) = (row for row in rows if row.setting == NO_CACHE)
-    value = mean(without)
-    if value is not None and value < PSNR_LIMIT:
-        axes.plot([1], [value], marker="*", markersize=11, color="black", linestyle="none", label="no cache")
-    return annotations
+    _mark(axes, measure, without, _STAR)
+    if chosen is not None:
+        _mark(axes, measure, chosen, _RING)
+    axes.margins(0.12)
+    if measure.limit is not None:
+        axes.axhline(measure.limit, color="black", linestyle=":", linewidth=1, label="limit")
+    low, high = axes.get_ylim()
+    missing = max(0.0, measure.span - (high - low)) / 2
+    axes.set_ylim(low - missing, high + missing)
+    axes.set_xlabel("speed (1: compiled, no cache)")
+    axes.set_ylabel(measure.label)
+    axes.grid(alpha=0.3)
+    return names
 
 
-def _spread(axes: Axes, annotations: Sequence[Annotation]) -> None:
+def _mark(axes: Axes, measure: _Measure, row: Row, style: dict[str, Any]) -> None:
+    value = measure.mean(row)
+    if value is not None:
+        axes.plot([row.speed], [min(value, measure.top)], linestyle="none", color="black", **style)
+
+
+def _name(axes: Axes, text: str, point: tuple[float, float], colour: str) -> Annotation:
+    halo = [withStroke(linewidth=2.5, foreground="white")]
+    return axes.annotate(
+        text, point, xytext=_PLACES[0], textcoords="offset points", fontsize=9, color=colour, path_effects=halo
+    )
+
+
+def _spread(axes: Axes, names: Sequence[Annotation]) -> None:
     """Moves each name to where it covers neither a point nor another name, as far as there is such a place."""
+    frame = axes.get_window_extent()
     taken = [
         Bbox.from_extents(x - 5, y - 5, x + 5, y + 5)
         for line in axes.get_lines()
         if line.get_marker() not in (None, "None", "")
         for x, y in axes.transData.transform(line.get_xydata())
     ]
-    for annotation in annotations:
+    for name in names:
         covered = []
         for place in _PLACES:
-            _put(annotation, place)
-            box = annotation.get_window_extent()
-            covered.append(sum(box.overlaps(other) for other in taken))
-        _put(annotation, _PLACES[covered.index(min(covered))])
-        taken.append(annotation.get_window_extent())
+            _put(name, place)
+            box = name.get_window_extent()
+            outside = not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
+            covered.append(sum(box.overlaps(other) for other in taken) + 10 * outside)
+        _put(name, _PLACES[covered.index(min(covered))])
+        taken.append(name.get_window_extent())
 
 
-def _put(annotation: Annotation, place: tuple[int, int]) -> None:
-    annotation.set_position(place)
+def _put(name: Annotation, place: tuple[int, int]) -> None:
+    name.set_position(place)
     x, y = place
-    annotation.set_horizontalalignment("left" if x > 0 else "right" if x < 0 else "center")
-    annotation.set_verticalalignment("bottom" if y > 0 else "top")
+    name.set_horizontalalignment("left" if x > 0 else "right" if x < 0 else "center")
+    name.set_verticalalignment("bottom" if y > 0 else "top")

@@ -1,7 +1,8 @@
 """Runs a pipeline with each setting, on the same prompts and seeds.
 
-Wall times are of whole calls that compile nothing: the first call after a compile, and each call in which something
-was compiled, is made again.
+Wall times are of whole calls that compile nothing: the first call with a setting, and each call in which something was
+compiled, is made again. All settings make one picture before the next is begun, so that a machine that is slower for a
+while is so for all of them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import inspect
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -28,6 +30,9 @@ __all__ = ["Runner", "check_call", "load", "run_jobs", "state_of"]
 
 _ALWAYS = 1e30
 """A threshold under which everything is skipped: warms up what a skipped step runs, too."""
+
+_COMPILES = 8
+"""Of one setting at most, Dynamo's own default."""
 
 _OURS = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")
 
@@ -96,8 +101,16 @@ def run_jobs(jobs: Sequence[Job], results: Results, runner: Callable[[], Runner]
     return figures
 
 
+@dataclass
+class _Model:
+    """The transformer as some settings share it, and the reports of its compiles."""
+
+    module: nn.Module
+    reports: list[paracompile.Report] = field(default_factory=list)
+
+
 class Runner:
-    """Calls a pipeline with one setting after the other.
+    """Calls a pipeline with any setting; each compile stays for the next picture.
 
     args:
         arguments: of the pipeline's call, besides the prompt and the generator.
@@ -110,12 +123,11 @@ class Runner:
         self.arguments = arguments
         self.compiler = compiler
         self.transformer: nn.Module = pipeline.transformer
-        self.reports: list[paracompile.Report] = []
-        self._fixed: tuple[object, ...] | None = None
+        self._models: dict[tuple[object, ...], _Model] = {}
 
     def ready_for(self, setting: Setting) -> bool:
         """Whether the setting needs no further compile."""
-        return self._fixed == setting.fixed
+        return setting.fixed in self._models
 
     def __call__(self, job: Job) -> tuple[Image.Image, Figures]:
         """Makes one picture.
@@ -124,40 +136,40 @@ class Runner:
             ParacompileError: the pipeline makes no picture, or the cache can skip nothing in it.
         """
         if not self.ready_for(job.setting):
-            self._prepare(job)
+            self._models[job.setting.fixed] = self._prepared(job)
+        model = self._models[job.setting.fixed]
         if job.setting.rdt is not None:
             paracompile.set_rdt(self.transformer, job.setting.rdt)
         while True:
-            compiled = len(self.reports)
-            picture, seconds = self._call(job)
-            if len(self.reports) == compiled:
-                return picture, self._figures(job.setting, seconds)
+            compiled = len(model.reports)
+            picture, seconds = self._call(model, job)
+            if len(model.reports) == compiled:
+                return picture, self._figures(model, job.setting, seconds)
 
-    def _prepare(self, job: Job) -> None:
-        """Compiles for a setting, by a first call."""
+    def _prepared(self, job: Job) -> _Model:
+        """Compiled for a setting, by a first call."""
         setting = job.setting
-        self._fixed = None
-        self.reports = []
-        self.pipeline.transformer = self.transformer
-        torch._dynamo.reset()  # each compile counts against the limit of one function
+        model = _Model(self.transformer)
         if setting.compiled:
-            options: dict[str, Any] = dict(setting.knobs) | {"compiler": self.compiler, "report": self.reports.append}
-            self.pipeline.transformer = torch.compile(
-                self.transformer, backend="paracompile", fullgraph=True, options=options
-            )
+            options: dict[str, Any] = dict(setting.knobs) | {"compiler": self.compiler, "report": model.reports.append}
+            compiled = torch.compile(self.transformer, backend="paracompile", fullgraph=True, options=options)
+            model.module = cast(nn.Module, compiled)
         if setting.rdt is not None:
             paracompile.set_rdt(self.transformer, _ALWAYS)
-        self._call(job)
-        if setting.rdt is not None and not (self.reports and all(report.blocks for report in self.reports)):
+        self._call(model, job)
+        if setting.rdt is not None and not (model.reports and all(report.blocks for report in model.reports)):
             name = type(self.transformer).__name__
             raise ParacompileError(f"there are no blocks in {name} that the cache could skip: nothing to tune")
-        self._fixed = setting.fixed
+        return model
 
-    def _call(self, job: Job) -> tuple[Image.Image, float]:
+    def _call(self, model: _Model, job: Job) -> tuple[Image.Image, float]:
         generator = torch.Generator("cpu").manual_seed(job.seed)  # the same noise on every device
+        self.pipeline.transformer = model.module
         self._wait()
         start = time.perf_counter()
-        output = self.pipeline(prompt=job.prompt, generator=generator, output_type="pil", **self.arguments)
+        # Dynamo counts the compiles of all settings together; each may need some for different lengths of prompts.
+        with torch._dynamo.config.patch(recompile_limit=_COMPILES * (1 + len(self._models))):
+            output = self.pipeline(prompt=job.prompt, generator=generator, output_type="pil", **self.arguments)
         self._wait()
         seconds = time.perf_counter() - start
         images = getattr(output, "images", None)
@@ -169,10 +181,10 @@ class Runner:
         if self.pipeline.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _figures(self, setting: Setting, seconds: float) -> Figures:
+    def _figures(self, model: _Model, setting: Setting, seconds: float) -> Figures:
         if setting.rdt is None:
             return Figures(seconds)
-        stats, report = paracompile.cache_stats(self.transformer), self.reports[-1]
+        stats, report = paracompile.cache_stats(self.transformer), model.reports[-1]
         return Figures(seconds, stats.steps, stats.hits, report.blocks, report.blocks_skipped)
 
 
