@@ -21,7 +21,8 @@ from paracompile.tune.table import Limits, Row
 __all__ = ["plot"]
 
 # Where a name may stand, in points from its own; the first place that is free is taken
-_PLACES = [(6, 6), (6, -6), (-6, -6), (-6, 6), (0, 11), (0, -11), (14, 16), (14, -16), (-14, -16), (-14, 16)]
+_NEAR = [(6, 6), (6, -6), (-6, -6), (-6, 6), (0, 11), (0, -11)]
+_PLACES = [*_NEAR, *((x, y) for y in (17, -17, 29, -29, 41, -41) for x in (6, -6))]
 
 _STAR: dict[str, Any] = dict(marker="*", markersize=11, label="no cache", zorder=3)
 _RING: dict[str, Any] = dict(marker="o", markersize=14, markerfacecolor="none", label="recommended")

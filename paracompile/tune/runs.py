@@ -7,8 +7,9 @@ while is so for all of them.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-import os
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,15 +55,17 @@ def load(folder: Path, device: str, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def state_of(folder: Path) -> str:
-    """A word for what lies in the pipeline's folder: another one after its weights changed.
+    """A text on what a pipeline loads from its folder: another one after its weights changed.
 
     raises:
         ParacompileError: no such folder.
     """
     _check_folder(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    stamps = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return f"{sum(size for _, size, _ in stamps)} bytes, changed last at {max(stamp for *_, stamp in stamps)} ns"
+    index = folder / "model_index.json"
+    parts = [folder / name for name in json.loads(index.read_text()) if not name.startswith("_")]
+    files = [index, *(path for part in parts for path in part.rglob("*") if path.is_file())]
+    facts = sorted((str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def check_call(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -> None:
@@ -189,7 +192,7 @@ class Runner:
 
 
 def _check_folder(folder: Path) -> None:
-    if not os.path.isfile(folder / "model_index.json"):
+    if not (folder / "model_index.json").is_file():
         what = "has no model_index.json" if folder.is_dir() else "there is no such folder"
         raise ParacompileError(
             f"--pipe {folder}: {what}. Give a folder that a pipeline's save_pretrained wrote; a model of the Hub "
