@@ -396,8 +396,10 @@ def test_plot_names_its_points(
 
     monkeypatch.setattr(Figure, "savefig", savefig)
     assert main(swept.arguments) == 0
-    assert texts.count("rdt 1000") == 6  # three panels, two lines
-    assert {"rdt alone (mean)", "taylor-order 1 (mean)", "no cache", "worst picture", "limit"} <= set(texts)
+    assert texts.count(f"rdt {ALWAYS}") == 6  # three panels, two lines
+    assert texts.count("no cache") == 2
+    assert "no cache (equal)" in texts
+    assert {"rdt alone (mean)", "taylor-order 1 (mean)", "worst picture", "limit"} <= set(texts)
 
 
 def test_grid_shows_the_pictures(swept: Swept) -> None:
@@ -419,13 +421,12 @@ def test_grid_shows_the_pictures(swept: Swept) -> None:
     assert len({x for _, x in places}) == len(VARIANTS)
 
 
-def test_grid_keeps_to_its_rows(swept: Swept) -> None:
-    before = Image.open(swept.output / "grid.png").size
-    assert main([*swept.arguments, "--grid-rows", "1"]) == 0
-    after = Image.open(swept.output / "grid.png").size
+def test_grid_keeps_to_its_rows(swept: Swept, tmp_path: Path) -> None:
+    output = shutil.copytree(swept.output, tmp_path / "copy")
+    assert main([*swept.arguments, "--output", str(output), "--grid-rows", "1"]) == 0
+    before, after = (Image.open(folder / "grid.png").size for folder in (swept.output, output))
     assert after[0] == before[0]
     assert before[1] - after[1] > 256
-    assert main(swept.arguments) == 0  # for the other tests
 
 
 def test_a_second_start_runs_nothing(swept: Swept, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,26 +437,14 @@ def test_a_second_start_runs_nothing(swept: Swept, calls: Calls, monkeypatch: py
     assert swept.table() == before
 
 
-def test_more_seeds_add_their_pictures(swept: Swept, calls: Calls, tmp_path: Path) -> None:
-    output = shutil.copytree(swept.output, tmp_path / "copy")
-    place = swept.arguments.index("--output") + 1
-    arguments = [*swept.arguments[:place], str(output), *swept.arguments[place + 1 :]]
-    rdt = arguments.index("--rdt") + 1
-    order = arguments.index("--taylor-order") + 1
-    arguments[rdt], arguments[order] = str(ALWAYS), "0"
-    assert main([*arguments, "--seeds", "0,5"]) == 0
-    assert calls.count == 3 * (1 + len(PROMPTS))  # plain, no cache, one setting, each with a call to warm up
-    assert len(pictures(output, f"rdt {ALWAYS}")) == 2 * len(PROMPTS)
-    assert len(pictures(output, f"rdt {NEVER}")) == len(PROMPTS)
-
-
-def test_an_interrupted_run_goes_on(
+def test_an_interrupted_run_goes_on_with_more_seeds(
     given: Given, calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = given.arguments(tmp_path, "--rdt", f"{NEVER},{ALWAYS}", "--last-blocks", "1")
+    arguments = given.arguments(tmp_path, "--rdt", str(NEVER), "--last-blocks", "1")
+    arguments += ["--setting", f"last-blocks=1,rdt={ALWAYS}", "--call", "guidance_scale=2.0"]
 
     def interrupt(count: int) -> None:
-        if count == 7:  # three warm-ups, plain, no cache and one setting are done
+        if count == 7:  # three calls to warm up and three pictures are done: plain, no cache and one setting
             raise KeyboardInterrupt
 
     calls.before = interrupt
@@ -466,13 +455,15 @@ def test_an_interrupted_run_goes_on(
     assert not (tmp_path / "table.csv").exists()
 
     calls.before, calls.count = lambda count: None, 0
-    assert main(arguments) == 0
-    assert calls.count == 2 * 4 - 3 + 3
+    assert main([*arguments, "--seeds", "0,5"]) == 0
+    assert calls.count == 4 * len(PROMPTS) * 2 - 3 + 3  # the other pictures, and the calls to warm up
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     with (tmp_path / "table.csv").open(newline="") as file:
         last = list(csv.DictReader(file))[-1]
-    assert last["last_blocks"] == "1"
+    assert (last["rdt"], last["last_blocks"]) == (str(ALWAYS), "1")
     assert float(last["blocks_computed"]) == pytest.approx(1 - 2 / 3 * 1 / 3)  # one of three blocks is ever skipped
+    assert len(pictures(tmp_path, last["setting"])) == 2 * len(PROMPTS)
+    assert json.loads((tmp_path / "run.json").read_text())["call"] == {**CALL, "guidance_scale": 2.0}
 
 
 def test_a_call_that_compiled_is_not_timed(given: Given, calls: Calls, tmp_path: Path) -> None:

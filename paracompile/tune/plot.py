@@ -24,24 +24,22 @@ __all__ = ["plot"]
 _NEAR = [(6, 6), (6, -6), (-6, -6), (-6, 6), (0, 11), (0, -11)]
 _PLACES = [*_NEAR, *((x, y) for y in (17, -17, 29, -29, 41, -41) for x in (6, -6))]
 
-_STAR: dict[str, Any] = dict(marker="*", markersize=11, label="no cache", zorder=3)
-_RING: dict[str, Any] = dict(marker="o", markersize=14, markerfacecolor="none", label="recommended")
-
 
 @dataclass(frozen=True)
 class _Measure:
     """What a panel shows.
 
     attributes:
-        mean, worst: over the pictures of a setting; None: not shown.
+        shown: the mean over the pictures of a setting.
+        worst: that of the worst picture, where it is shown as well.
         limit: what the user asks.
         top: values above it are drawn there.
         span: the least that the axis shows, so that nothing small looks large.
     """
 
     label: str
-    mean: Callable[[Row], float | None]
-    worst: Callable[[Row], float | None]
+    shown: Callable[[Row], float]
+    worst: Callable[[Row], float] | None = None
     limit: float | None = None
     top: float = float("inf")
     span: float = 0.0
@@ -68,7 +66,8 @@ def plot(rows: Sequence[Row], limits: Limits, chosen: Row | None, title: str, pa
 
 
 def _measures(rows: Sequence[Row], limits: Limits) -> list[_Measure]:
-    finite = [psnr for row in rows for psnr in (row.psnr, row.psnr_worst) if psnr < PSNR_LIMIT]
+    cached = [psnr for row in rows if row.setting.rdt is not None for psnr in (row.psnr, row.psnr_worst)]
+    finite = [psnr for psnr in cached if psnr < PSNR_LIMIT]
     top = max(finite) + max(1.0, 0.1 * (max(finite) - min(finite))) if finite else PSNR_LIMIT
     measures = [
         _Measure(
@@ -77,7 +76,7 @@ def _measures(rows: Sequence[Row], limits: Limits) -> list[_Measure]:
         _Measure("SSIM against plain", lambda row: row.ssim, lambda row: row.ssim_worst, span=0.01),
     ]
     if rows[0].score is not None:
-        measures.append(_Measure("judge's score", lambda row: row.score, lambda row: None, limits.score, span=0.1))
+        measures.append(_Measure("judge's score", lambda row: row.score or 0.0, limit=limits.score, span=0.1))
     return measures
 
 
@@ -92,20 +91,19 @@ def _panel(axes: Axes, measure: _Measure, rows: Sequence[Row], chosen: Row | Non
     for number, (label, line) in enumerate(lines.items()):
         line.sort(key=lambda row: row.setting.rdt or 0)
         colour = f"C{number}"
-        points = [(row.speed, min(value, measure.top)) for row in line if (value := measure.mean(row)) is not None]
+        points = [(row.speed, min(measure.shown(row), measure.top)) for row in line]
         axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=f"{label} (mean)")
-        lows = [(row.speed, min(value, measure.top)) for row in line if (value := measure.worst(row)) is not None]
-        if lows:
-            axes.plot(
-                *zip(*lows, strict=True), marker="v", linestyle="none", alpha=0.5, color=colour, label="worst picture"
-            )
+        if measure.worst is not None:
+            lows = [(row.speed, min(measure.worst(row), measure.top)) for row in line]
+            style = dict(marker="v", linestyle="none", alpha=0.5, color=colour, label="worst picture")
+            axes.plot(*zip(*lows, strict=True), **style)  # type: ignore[arg-type]
         for row, point in zip(line, points, strict=True):
-            equal = " (equal)" * (row.psnr >= PSNR_LIMIT and measure.top < PSNR_LIMIT)
-            names.append(_name(axes, f"rdt {row.setting.rdt:g}{equal}", point, colour))
+            names.append(_name(axes, f"rdt {row.setting.rdt}{_beyond(measure, row)}", point, colour))
     (without,) = (row for row in rows if row.setting == NO_CACHE)
-    _mark(axes, measure, without, _STAR)
+    star = _mark(axes, measure, without, marker="*", markersize=11, zorder=3)
+    names.append(_name(axes, f"no cache{_beyond(measure, without)}", star, "black"))
     if chosen is not None:
-        _mark(axes, measure, chosen, _RING)
+        _mark(axes, measure, chosen, marker="o", markersize=14, markerfacecolor="none", label="recommended")
     axes.margins(0.12)
     if measure.limit is not None:
         axes.axhline(measure.limit, color="black", linestyle=":", linewidth=1, label="limit")
@@ -118,10 +116,18 @@ def _panel(axes: Axes, measure: _Measure, rows: Sequence[Row], chosen: Row | Non
     return names
 
 
-def _mark(axes: Axes, measure: _Measure, row: Row, style: dict[str, Any]) -> None:
-    value = measure.mean(row)
-    if value is not None:
-        axes.plot([row.speed], [min(value, measure.top)], linestyle="none", color="black", **style)
+def _beyond(measure: _Measure, row: Row) -> str:
+    """What a name says of a value that is above the panel."""
+    value = measure.shown(row)
+    if value <= measure.top:
+        return ""
+    return " (equal)" if value >= PSNR_LIMIT else f" ({value:.1f})"
+
+
+def _mark(axes: Axes, measure: _Measure, row: Row, **style: Any) -> tuple[float, float]:
+    point = row.speed, min(measure.shown(row), measure.top)
+    axes.plot(*([number] for number in point), linestyle="none", color="black", **style)
+    return point
 
 
 def _name(axes: Axes, text: str, point: tuple[float, float], colour: str) -> Annotation:
