@@ -1,4 +1,4 @@
-"""FLUX, once plainly and once sharded over the ranks, and what differs.
+"""FLUX plainly, sharded over the ranks, and sharded with blocks skipped by the first block cache: what differs.
 
 On a CPU, a small FluxPipeline with random weights, nothing downloaded:
 
@@ -9,8 +9,9 @@ On GPUs, one a rank (nccl, bfloat16):
     torchrun --nproc-per-node 4 examples/run_flux.py --model black-forest-labs/FLUX.1-dev
 
 Rank 0 runs the pipeline by itself first, the others wait. Then all ranks run it with the transformer compiled by
-paracompile, from the same noise. Rank 0 saves both pictures side by side and prints what was measured. Without torchrun
-there is one rank, and nothing is sharded.
+paracompile, from the same noise: with all blocks computed at each step, then with a threshold for the first block cache
+(one compile serves both). Rank 0 saves the pictures side by side and prints what was measured. Without torchrun there
+is one rank, and nothing is sharded.
 """
 
 from __future__ import annotations
@@ -81,6 +82,11 @@ class Run:
         """Median seconds of a step after the first."""
         return statistics.median(np.diff(self.moments)) if len(self.moments) > 1 else None
 
+    @property
+    def later_steps(self) -> float:
+        """Seconds of all steps after the first."""
+        return self.moments[-1] - self.moments[0]
+
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,6 +98,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--seed", type=int, default=0, help="of the noise, the same on all ranks")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where each rank of this machine has a GPU")
     parser.add_argument("--ulysses", type=int, help="ranks that share the heads of an attention (all)")
+    parser.add_argument("--rdt", type=float, help="threshold of the first block cache (0.7; with --model 0.08)")
     parser.add_argument("--compiler", choices=("inductor", "aot_eager", "eager"), default="inductor")
     parser.add_argument("--output", type=Path, default=Path("output/flux.png"))
     parser.add_argument("--report", action="store_true", help="print paracompile's report of each graph in full")
@@ -102,10 +109,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         options.device = "cuda" if torch.cuda.device_count() >= ranks_here else "cpu"
     if options.model and options.device != "cuda":
         parser.error("--model needs one CUDA device a rank; leave it out to run the small model on the CPU")
-    size, steps = (1024, 28) if options.model else (256, 8)
+    size, steps, rdt = (1024, 28, 0.08) if options.model else (256, 8, 0.7)
     options.height = options.height or size
     options.width = options.width or size
     options.steps = options.steps or steps
+    options.rdt = rdt if options.rdt is None else options.rdt
     return options
 
 
@@ -188,35 +196,56 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join([rule, *(f"{name:<{names}}  {value:>{values}}" for name, value in rows), rule])
 
 
-def result_rows(plain: Run, sharded: Run, reports: Sequence[paracompile.Report], ranks: Ranks) -> list[tuple[str, str]]:
-    """What the table says: the differences, what was done to the graphs, and the times."""
-    latents = (plain.latents - sharded.latents).abs().max().item()
-    pixels = np.abs(plain.pixels - sharded.pixels).max()
-    steps_of_255 = np.abs((plain.pixels * 255).round() - (sharded.pixels * 255).round()).max()
+def differences(plain: Run, other: Run) -> tuple[str, str]:
+    """The largest differences of latents and pictures."""
+    latents = (plain.latents - other.latents).abs().max().item()
+    pixels = np.abs(plain.pixels - other.pixels).max()
+    steps_of_255 = np.abs((plain.pixels * 255).round() - (other.pixels * 255).round()).max()
+    largest = plain.latents.abs().max().item()
+    return f"{latents:.2e} (largest value {largest:.2f})", f"{pixels:.2e} ({steps_of_255:.0f} of 255)"
+
+
+def sharding_rows(plain: Run, sharded: Run, reports: Sequence[paracompile.Report], count: int) -> list[tuple[str, str]]:
+    """What was done to the graphs, and what differs."""
+    latents, pixels = differences(plain, sharded)
     collectives = sum((Counter(report.collectives) for report in reports), Counter[str]())
     flops_whole = sum(report.flops_whole for report in reports)
     flops_rank = sum(report.flops_rank for report in reports)
     rows = [
-        ("ranks", f"{ranks.count}"),
-        ("largest difference, latents", f"{latents:.2e} (largest value {plain.latents.abs().max().item():.2f})"),
-        ("largest difference, picture", f"{pixels:.2e} ({steps_of_255:.0f} of 255)"),
+        ("ranks", f"{count}"),
+        ("largest difference, latents", latents),
+        ("largest difference, picture", pixels),
         ("graphs", f"{len(reports)}"),
         ("attentions rewritten", f"{sum(report.attentions for report in reports)}"),
         ("cross attentions kept local", f"{sum(report.cross_attentions for report in reports)}"),
     ]
-    rows += [(f"collectives per forward: {name}", f"{count}") for name, count in sorted(collectives.items())]
+    rows += [(f"collectives per forward: {name}", f"{number}") for name, number in sorted(collectives.items())]
     if len(collectives) != 1:
         rows += [("collectives per forward", f"{collectives.total()}")]
     rows += [("bytes sent by a rank per forward", f"{sum(report.bytes_sent for report in reports):,}")]
     if flops_whole:
         rows += [("share of the flops on a rank", f"{flops_rank / flops_whole:.1%}")]
-    rows += [
-        ("first step, plain", seconds(plain.first_step)),
-        ("first step, sharded (it compiles)", seconds(sharded.first_step)),
-        ("a later step, plain on one rank", seconds(plain.step)),
-        (f"a later step, sharded over {ranks.count}", seconds(sharded.step)),
-    ]
     return rows
+
+
+def cache_rows(
+    plain: Run, cached: Run, reports: Sequence[paracompile.Report], stats: paracompile.CacheStats, rdt: float
+) -> list[tuple[str, str]]:
+    """What the first block cache skipped, and what differs."""
+    latents, pixels = differences(plain, cached)
+    rows = [(f"hits with rdt {rdt:g}, slot {name!r}", figures(steps)) for name, steps in stats.slots.items()]
+    return [
+        *rows,
+        ("blocks that may be skipped", f"{sum(r.blocks_skipped for r in reports)} of {sum(r.blocks for r in reports)}"),
+        ("bytes stored by a rank for each slot", f"{sum(report.state_bytes for report in reports):,}"),
+        ("largest difference with hits, latents", latents),
+        ("largest difference with hits, picture", pixels),
+    ]
+
+
+def figures(steps: Sequence[Any]) -> str:
+    hits = sum(step.hit for step in steps)
+    return f"{hits} of {len(steps)} steps, {len(steps) - hits} computed"
 
 
 def run(options: argparse.Namespace, ranks: Ranks) -> None:
@@ -234,22 +263,46 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
 
     reports: list[paracompile.Report] = []
     backend_options: dict[str, Any] = {"compiler": options.compiler, "report": reports.append}
+    if options.rdt:
+        backend_options["rdt"] = options.rdt
     if ranks.count > 1:
         backend_options["mesh"] = paracompile.init_mesh(ranks.device.type, max_ulysses_dim_size=options.ulysses)
     pipeline.transformer = torch.compile(pipeline.transformer, backend="paracompile", options=backend_options)
+    if options.rdt:
+        paracompile.set_rdt(pipeline.transformer, 0)
     sharded = generate(pipeline, ranks, "paracompile", **arguments)
+    cached = None
+    if options.rdt:
+        paracompile.set_rdt(pipeline.transformer, options.rdt)
+        cached = generate(pipeline, ranks, f"rdt {options.rdt:g}", **arguments)
 
     if plain is None:
         return
     if options.report:
         print(*reports, sep="\n\n")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    count = f"{ranks.count} rank{'s' * (ranks.count > 1)}"
+    rows = sharding_rows(plain, sharded, reports, ranks.count)
     pictures = {
         f"plain, 1 rank, {seconds(plain.step)} a step": plain.pixels,
-        f"paracompile, {ranks.count} rank{'s' * (ranks.count > 1)}, {seconds(sharded.step)} a step": sharded.pixels,
+        f"paracompile, {count}, {seconds(sharded.step)} a step": sharded.pixels,
     }
+    times = [
+        ("first step, plain", seconds(plain.first_step)),
+        ("first step, sharded (it compiles)", seconds(sharded.first_step)),
+        ("a later step, plain on one rank", seconds(plain.step)),
+        (f"a later step, sharded over {ranks.count}", seconds(sharded.step)),
+    ]
+    if cached is not None:
+        stats = paracompile.cache_stats(pipeline.transformer)
+        rows += cache_rows(plain, cached, reports, stats, options.rdt)
+        pictures[f"rdt {options.rdt:g}: {stats.hits} of {stats.steps} steps skipped"] = cached.pixels
+        times += [
+            ("all steps but the first, sharded", seconds(sharded.later_steps)),
+            (f"all steps but the first, sharded, rdt {options.rdt:g}", seconds(cached.later_steps)),
+        ]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     side_by_side(pictures).save(options.output)
-    print(table(result_rows(plain, sharded, reports, ranks)))
+    print(table(rows + times))
     print(f"pictures: {options.output}")
 
 

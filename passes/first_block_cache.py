@@ -15,7 +15,7 @@ State comes in as further graph inputs, behind the graph's own, and only `comput
 copies nothing. What is a number or two a call (the last timestep, how many hits in a row) is the *record*: it comes in
 as one input and leaves as one more output, so that the host never waits for it.
 
-    control  f32[2]    threshold (0: compute), and whether this call may belong to another image (1: it may)
+    control  f32[2]    threshold (0: compute), and whether nobody named the slot (1: nobody did)
     record   f32[n]    see `Record`
     state    previous residual; then for each stored value its residual and, for TaylorSeer, its differences
 
@@ -144,7 +144,8 @@ class _Writer:
     def run(self, laid_out: Callable[[CacheLayout], object]) -> fx.GraphModule:
         middle = [node for node in self.graph.nodes if part_of(node) == "middle"]
         kept = self._kept(set(middle))
-        middle = [node for node in middle if part_of(node) == "middle"]  # some were hoisted
+        self._sink(kept)
+        middle = [node for node in self.graph.nodes if part_of(node) == "middle"]
         self._gather(middle)
         before, after = self._residual()
         layout = self._add_inputs(before, kept)
@@ -192,6 +193,20 @@ class _Writer:
                     inside.meta["cache_part"] = "front"
                 middle -= origin
         return kept
+
+    def _sink(self, kept: list[_Kept]) -> None:
+        """Moves what only the middle reads into it (the text that leaves the first block): a skipped step needs none."""
+        used = {*self._residual(), *(value.enter for value in kept)}
+        reached = False
+        for node in reversed(self.graph.nodes):
+            reached = reached or part_of(node) == "middle"
+            if not reached or node.op != "call_function" or node.target is operator.getitem or node in used:
+                continue
+            if node.target in _AUTOCAST:
+                break  # before it a node may compute in another type
+            readers = _readers(node)
+            if part_of(node) == "front" and readers and all(part_of(reader) == "middle" for reader in readers):
+                node.meta["cache_part"] = "middle"
 
     def _residual(self) -> tuple[fx.Node, fx.Node]:
         """The stream before and after the blocks that decide, in one form."""
@@ -317,7 +332,7 @@ class _Writer:
             for name, place in (("streak", Record.STREAK), ("computed", Record.COMPUTED), ("steps", Record.STEPS))
         }
         started = write(aten.gt.Scalar, entry["steps"], 0)
-        direction = moved = None
+        direction = None
         times = self._times()
         continues = started
         if times is not None:
@@ -344,9 +359,6 @@ class _Writer:
             distance=write(aten.add.Scalar, streak, 1),
             times=times,
             direction=direction,
-            repeated=None
-            if moved is None
-            else write(aten.logical_and.default, started, write(aten.logical_not.default, moved)),
         )
 
     def _times(self) -> fx.Node | None:
@@ -367,11 +379,11 @@ class _Writer:
         streak = write(aten.mul.Tensor, clock.distance, hits)
         computed = write(aten.mul.Tensor, write(aten.add.Scalar, clock.computed, 1), fine)
         computed = write(aten.where.self, hit, clock.computed, computed)
-        if clock.repeated is not None:
-            # The same time again, perhaps of another image: whose state this is now nobody can say.
-            doubt = write(aten.gt.Scalar, write(aten.select.int, self.control, 0, 1), 0)
-            doubt = write(aten.logical_and.default, doubt, clock.repeated)
-            computed = write(aten.masked_fill.Scalar, computed, doubt, 0)
+        # Two images in turn look like one first step after the other. Whose step comes next nobody can say, so it computes
+        # as well, and it does so in every generation: none must depend on whether there was one before.
+        unnamed = write(aten.gt.Scalar, write(aten.select.int, self.control, 0, 1), 0)
+        doubt = write(aten.logical_and.default, unnamed, write(aten.eq.Scalar, clock.steps, 0))
+        computed = write(aten.masked_fill.Scalar, computed, doubt, 0)
         ratio = write(aten.masked_fill.Scalar, self.ratio, write(aten.eq.Scalar, clock.computed, 0), float("nan"))
         numbers = [ratio, hits, streak, computed, write(aten.add.Scalar, clock.steps, 1)]
         record = write(aten.stack.default, numbers)
@@ -509,7 +521,6 @@ class _Clock:
         steps: steps before it.
         distance: steps since the last one that was computed.
         times, direction: the times of this call and the way they go (-1, 0 for not known, 1); None without any.
-        repeated: it has the same times as the call before; None without any.
     """
 
     continues: fx.Node
@@ -519,11 +530,15 @@ class _Clock:
     distance: fx.Node
     times: fx.Node | None
     direction: fx.Node | None
-    repeated: fx.Node | None
 
 
 def _leaves(node: fx.Node, middle: set[fx.Node]) -> bool:
     return any(user not in middle for user in node.users)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads a node's results."""
+    return [reader for user in node.users for reader in (_readers(user) if user.target is operator.getitem else [user])]
 
 
 def _ancestors(node: fx.Node, middle: set[fx.Node]) -> set[fx.Node]:

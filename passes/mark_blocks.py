@@ -45,7 +45,7 @@ class Skipped:
         blocks: the modules of all blocks on the stream, in order.
         middle: those that may be skipped.
         sample: the place of the graph input that is denoised, among all inputs; None where it is not clear.
-        times: the places of inputs that hold one number a row or one at all: timesteps, guidance.
+        times: the places of timesteps, and of inputs like them that hold one number a row or one at all: guidance.
     """
 
     blocks: tuple[str, ...]
@@ -172,7 +172,9 @@ def _start_of_residual(stream: Stream, first: int) -> fx.Node:
 
 
 def _times(graph: fx.Graph) -> tuple[int, ...]:
-    return tuple(index for index, node in _call_inputs(graph) if node.meta["val"].dim() <= 1)
+    """One number a row, or what a model calls by its name: some take a time for each token."""
+    inputs = _call_inputs(graph)
+    return tuple(index for index, node in inputs if node.meta["val"].dim() <= 1 or "timestep" in node.name)
 
 
 def _sample(graph: fx.Graph, stream: Stream, times: tuple[int, ...]) -> int | None:
