@@ -555,6 +555,15 @@ def test_nothing_to_sweep(given: Given, tmp_path: Path, capsys: pytest.CaptureFi
     assert "thresholds are missing" in error_of(given.arguments(tmp_path, "--taylor-order", "1"), capsys)
 
 
+def test_a_setting_that_leaves_nothing_to_skip(
+    given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = given.arguments(tmp_path, "--rdt", "0.1", "--first-blocks", str(BLOCKS))
+    said = error_of(arguments, capsys)
+    assert f"error: rdt 0.1, first-blocks {BLOCKS}: paracompile option 'first_blocks' = {BLOCKS}" in said
+    assert "none is left to skip" in said
+
+
 def test_another_run_does_not_go_into_the_same_folder(swept: Swept, capsys: pytest.CaptureFixture[str]) -> None:
     said = error_of([*swept.arguments, "--steps", "4"], capsys)
     assert "another run" in said

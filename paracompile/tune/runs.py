@@ -20,6 +20,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from tqdm import tqdm
 
 import paracompile
@@ -150,7 +151,11 @@ class Runner:
                 return picture, self._figures(model, job.setting, seconds)
 
     def _prepared(self, job: Job) -> _Model:
-        """Compiled for a setting, by a first call."""
+        """Compiled for a setting, by a first call.
+
+        raises:
+            ParacompileError: the setting does not go with this transformer.
+        """
         setting = job.setting
         model = _Model(self.transformer)
         if setting.compiled:
@@ -159,10 +164,15 @@ class Runner:
             model.module = cast(nn.Module, compiled)
         if setting.rdt is not None:
             paracompile.set_rdt(self.transformer, _ALWAYS)
-        self._call(model, job)
+        try:
+            self._call(model, job)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, ParacompileError):
+                raise ParacompileError(f"{setting.name}: {error.inner_exception}") from error
+            raise
         if setting.rdt is not None and not (model.reports and all(report.blocks for report in model.reports)):
             name = type(self.transformer).__name__
-            raise ParacompileError(f"there are no blocks in {name} that the cache could skip: nothing to tune")
+            raise ParacompileError(f"{setting.name}: there are no blocks in {name} that the cache could skip")
         return model
 
     def _call(self, model: _Model, job: Job) -> tuple[Image.Image, float]:
