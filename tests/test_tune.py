@@ -222,8 +222,8 @@ def test_judges_that_cannot_be_loaded(tmp_path: Path) -> None:
 # Rows and the recommendation
 
 
-def row(rdt: float, time_ratio: float, psnr: float, score: float | None = None) -> Row:
-    return Row(setting_of({"rdt": rdt}), 0.5, time_ratio, time_ratio, psnr, psnr - 1, 0.9, 0.8, score)
+def row(rdt: float, time_ratio: float, psnr: float, score: float | None = None, computed: float = 0.5) -> Row:
+    return Row(setting_of({"rdt": rdt}), computed, time_ratio, time_ratio, psnr, psnr - 1, 0.9, 0.8, score)
 
 
 def test_rows_are_over_all_pictures() -> None:
@@ -266,6 +266,7 @@ def test_no_recommendation() -> None:
     assert recommended(rows, Limits(psnr=30)) is None
     assert "faster than no cache" in advice(rows, Limits(psnr=30))
     assert "closest to the plain pictures is rdt 0.05 with 40.00 dB and score 0.900" in advice(rows, Limits(psnr=50))
+    assert recommended([row(0.01, 0.9, 80, computed=1.0)], Limits(psnr=30)) is None  # faster by chance
     plain = Row(PLAIN, 1, 0.1, 0.1, PSNR_LIMIT, PSNR_LIMIT, 1, 1)
     assert recommended([plain], Limits(psnr=1)) is None
 

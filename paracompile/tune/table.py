@@ -91,8 +91,8 @@ def _row(setting: Setting, figures: Sequence[Figures], without: Sequence[Figures
 
 
 def recommended(rows: Sequence[Row], limits: Limits) -> Row | None:
-    """The fastest setting that is good enough and faster than no cache; None where there is none."""
-    allowed = [row for row in rows if row.setting.rdt is not None and row.time_ratio < 1 and limits.allow(row)]
+    """The fastest setting that is good enough, skips anything, and is faster than no cache; None: there is none."""
+    allowed = [row for row in rows if row.computed < 1 and row.time_ratio < 1 and limits.allow(row)]
     return min(allowed, key=lambda row: row.time_ratio, default=None)
 
 
@@ -107,7 +107,7 @@ def advice(rows: Sequence[Row], limits: Limits) -> str:
         )
     good = [row for row in rows if row.setting.rdt is not None and limits.allow(row)]
     if good:
-        return f"No recommendation: no setting with {limits} is faster than no cache."
+        return f"No recommendation: no setting with {limits} skips anything and is faster than no cache."
     best = max((row for row in rows if row.setting.rdt is not None), key=lambda row: row.psnr)
     score = "" if best.score is None else f" and score {best.score:.3f}"
     return (
