@@ -143,7 +143,7 @@ class Runner:
             self._models[job.setting.fixed] = self._prepared(job)
         model = self._models[job.setting.fixed]
         if job.setting.rdt is not None:
-            paracompile.set_rdt(self.transformer, job.setting.rdt)
+            paracompile.set_rdt(model.module, job.setting.rdt)
         while True:
             compiled = len(model.reports)
             picture, seconds = self._call(model, job)
@@ -163,7 +163,7 @@ class Runner:
             compiled = torch.compile(self.transformer, backend="paracompile", fullgraph=True, options=options)
             model.module = cast(nn.Module, compiled)
         if setting.rdt is not None:
-            paracompile.set_rdt(self.transformer, _ALWAYS)
+            paracompile.set_rdt(model.module, _ALWAYS)
         try:
             self._call(model, job)
         except BackendCompilerFailed as error:
@@ -197,7 +197,7 @@ class Runner:
     def _figures(self, model: _Model, setting: Setting, seconds: float) -> Figures:
         if setting.rdt is None:
             return Figures(seconds)
-        stats, report = paracompile.cache_stats(self.transformer), model.reports[-1]
+        stats, report = paracompile.cache_stats(model.module), model.reports[-1]
         return Figures(seconds, stats.steps, stats.hits, report.blocks, report.blocks_skipped)
 
 
