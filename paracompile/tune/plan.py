@@ -92,16 +92,20 @@ def dtype_or_default(dtype: str | None, device: str) -> torch.dtype:
 
 
 def check_single_process() -> None:
-    """raises:
-    ParacompileError: torchrun started several processes, which would all write into one folder.
+    """Several processes would all write into one folder.
+
+    raises:
+        ParacompileError: torchrun started several.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ParacompileError("tune runs in a single process: start it without torchrun")
 
 
 def check_extras() -> None:
-    """raises:
-    ParacompileError: a library of the extra `tune` is missing.
+    """Whether the libraries of the extra `tune` are there.
+
+    raises:
+        ParacompileError: one is missing.
     """
     for name in _NEEDED:
         try:
