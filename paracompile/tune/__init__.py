@@ -1,0 +1,1 @@
+"""`python -m paracompile tune`: what each setting of the first block cache costs a pipeline's pictures, and saves."""

@@ -1,0 +1,119 @@
+"""The settings of a sweep: every combination of the values that each knob of the first block cache is given."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from paracompile.errors import OptionError, ParacompileError
+from paracompile.options import Options
+
+__all__ = ["KNOBS", "NO_CACHE", "PLAIN", "Setting", "Value", "by_compile", "knob_value", "setting_of", "sweep"]
+
+Value = float | int | None
+
+KNOBS: dict[str, str] = {
+    "rdt": "thresholds: skip blocks where the first block's residual changed less; changed without a compile",
+    "warmup_steps": "first steps of each picture that are computed",
+    "max_consecutive_hits": "skipped steps in a row at most (none: no limit)",
+    "downsample_factor": "compare every so-manieth channel of the residual only",
+    "taylor_order": "what stands for skipped blocks: 0 the last residual; 1, 2 its extrapolation",
+    "first_blocks": "blocks at the front that are always computed, and decide",
+    "last_blocks": "blocks at the end that are always computed",
+}
+"""The options of the cache by name, and what they are for the help; all but the first are fixed in the graph."""
+
+_DEFAULTS = {name: getattr(Options(), name) for name in KNOBS}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of running the pipeline.
+
+    attributes:
+        name: what it is called in the table.
+        knobs: options of the cache that are not the default, the threshold first; empty without a cache.
+        compiled: whether the transformer is compiled at all.
+    """
+
+    name: str
+    knobs: tuple[tuple[str, Value], ...] = ()
+    compiled: bool = True
+
+    @property
+    def rdt(self) -> float | None:
+        """The threshold; None without a cache."""
+        rdt = dict(self.knobs).get("rdt")
+        return None if rdt is None else float(rdt)
+
+    @property
+    def fixed(self) -> tuple[object, ...]:
+        """What the graph depends on: settings that are equal in this share one compile."""
+        return self.compiled, self.rdt is not None, *self.others
+
+    @property
+    def others(self) -> tuple[tuple[str, Value], ...]:
+        """The knobs besides the threshold."""
+        return self.knobs[1:]
+
+    @property
+    def folder(self) -> str:
+        """A name for a folder, the same whatever else is in the sweep."""
+        return self.name.replace(", ", "-").replace(" ", "_")
+
+
+PLAIN = Setting("plain", compiled=False)
+"""The transformer as it was loaded: its pictures are what all others are compared with."""
+
+NO_CACHE = Setting("no cache")
+"""Compiled like all settings, without a cache: its wall time is what theirs is compared with."""
+
+
+def setting_of(values: Mapping[str, Value]) -> Setting:
+    """The setting with these options.
+
+    raises:
+        OptionError: a value that cannot work.
+    """
+    rdt = values.get("rdt")
+    if rdt is None or not 0 < rdt < math.inf:
+        raise OptionError("rdt", rdt, "give finite thresholds above 0 (the run without a cache is made in any case)")
+    Options.parse(values)
+    knobs = tuple((name, values[name]) for name in KNOBS if name in values and values[name] != _DEFAULTS[name])
+    return Setting(", ".join(f"{name.replace('_', '-')} {value}" for name, value in knobs), knobs)
+
+
+def sweep(values: Mapping[str, Sequence[Value]]) -> list[Setting]:
+    """All combinations, each once; the threshold changes fastest, so that what shares a compile is together.
+
+    raises:
+        OptionError: a value that cannot work.
+    """
+    names = [name for name in reversed(KNOBS) if name in values]
+    combinations = itertools.product(*(values[name] for name in names))
+    return list(dict.fromkeys(setting_of(dict(zip(names, each, strict=True))) for each in combinations))
+
+
+def by_compile(settings: Iterable[Setting]) -> list[Setting]:
+    """The settings in the order in which the fewest compiles are needed, that of their first ones otherwise."""
+    groups: dict[tuple[object, ...], list[Setting]] = {}
+    for setting in settings:
+        groups.setdefault(setting.fixed, []).append(setting)
+    return [setting for group in groups.values() for setting in group]
+
+
+def knob_value(name: str, text: str) -> Value:
+    """Reads one value.
+
+    raises:
+        ParacompileError: not a number.
+    """
+    if name == "max_consecutive_hits" and text.lower() == "none":
+        return None
+    try:
+        return float(text) if name == "rdt" else int(text)
+    except ValueError:
+        kind = "a number" if name == "rdt" else "a whole number"
+        raise ParacompileError(f"{text!r} is not {kind}") from None
