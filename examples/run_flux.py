@@ -1,6 +1,6 @@
 """FLUX plainly, sharded over the ranks, and sharded with blocks skipped by the first block cache: what differs.
 
-On a CPU, a small FluxPipeline with random weights, nothing downloaded:
+On a CPU, the small FluxPipeline in the folder `tiny_flux`, trained on drawn shapes, nothing downloaded:
 
     torchrun --nproc-per-node 2 examples/run_flux.py
 
@@ -33,6 +33,10 @@ from diffusers import FluxPipeline
 from PIL import Image, ImageDraw, ImageFont
 
 import paracompile
+
+EMBEDDED = Path(__file__).parent / "tiny_flux"
+PROMPT = "a large red circle on a blue background"
+SHOWN = 240  # pixels that a picture is shown at, at least
 
 
 @dataclass(frozen=True)
@@ -90,15 +94,15 @@ class Run:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a FLUX model to load; without it a small one with random weights is built")
-    parser.add_argument("--prompt", default="a red circle on a blue background")
-    parser.add_argument("--height", type=int, help="in pixels (256; with --model 1024)")
-    parser.add_argument("--width", type=int, help="in pixels (256; with --model 1024)")
-    parser.add_argument("--steps", type=int, help="denoising steps (8; with --model 28)")
+    parser.add_argument("--model", help="a FLUX model to load in place of the small one")
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--height", type=int, help="in pixels (the size that the model was trained for)")
+    parser.add_argument("--width", type=int, help="in pixels (the size that the model was trained for)")
+    parser.add_argument("--steps", type=int, default=28, help="denoising steps (28)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, the same on all ranks")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where each rank of this machine has a GPU")
     parser.add_argument("--ulysses", type=int, help="ranks that share the heads of an attention (all)")
-    parser.add_argument("--rdt", type=float, help="threshold of the first block cache (0.7; with --model 0.08)")
+    parser.add_argument("--rdt", type=float, default=0.08, help="threshold of the first block cache (0.08; 0: none)")
     parser.add_argument("--compiler", choices=("inductor", "aot_eager", "eager"), default="inductor")
     parser.add_argument("--output", type=Path, default=Path("output/flux.png"))
     parser.add_argument("--report", action="store_true", help="print paracompile's report of each graph in full")
@@ -109,11 +113,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         options.device = "cuda" if torch.cuda.device_count() >= ranks_here else "cpu"
     if options.model and options.device != "cuda":
         parser.error("--model needs one CUDA device a rank; leave it out to run the small model on the CPU")
-    size, steps, rdt = (1024, 28, 0.08) if options.model else (256, 8, 0.7)
-    options.height = options.height or size
-    options.width = options.width or size
-    options.steps = options.steps or steps
-    options.rdt = rdt if options.rdt is None else options.rdt
     return options
 
 
@@ -132,17 +131,9 @@ def join_ranks(device_type: str) -> Ranks:
     return Ranks(rank=dist.get_rank(), count=dist.get_world_size(), device=device)
 
 
-def load_pipeline(model: str | None, ranks: Ranks) -> tuple[FluxPipeline, dict[str, Any]]:
-    """The pipeline, and the arguments for its call that depend on the model."""
-    if model:
-        pipeline = FluxPipeline.from_pretrained(model, torch_dtype=torch.bfloat16)
-        arguments = {}
-    else:
-        from tiny_pipeline import TEXT_TOKENS, build_flux_pipeline
-
-        pipeline = build_flux_pipeline()
-        arguments = {"max_sequence_length": TEXT_TOKENS}
-    return pipeline.to(ranks.device), arguments
+def load_pipeline(model: str | None, ranks: Ranks) -> FluxPipeline:
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    return FluxPipeline.from_pretrained(model or EMBEDDED, torch_dtype=dtype).to(ranks.device)
 
 
 def generate(pipeline: FluxPipeline, ranks: Ranks, name: str, seed: int, **arguments: Any) -> Run:
@@ -172,7 +163,9 @@ def generate(pipeline: FluxPipeline, ranks: Ranks, name: str, seed: int, **argum
 def side_by_side(pictures: dict[str, np.ndarray[Any, Any]]) -> Image.Image:
     """Joins pictures (float in [0, 1]) in a row, each under its caption."""
     margin, caption = 8, 24
-    images = {text: Image.fromarray((pixels * 255).round().astype(np.uint8)) for text, pixels in pictures.items()}
+    images = {
+        text: enlarged(Image.fromarray((pixels * 255).round().astype(np.uint8))) for text, pixels in pictures.items()
+    }
     width = sum(image.width + margin for image in images.values()) + margin
     height = max(image.height for image in images.values()) + margin + caption
     sheet = Image.new("RGB", (width, height), "white")
@@ -183,6 +176,12 @@ def side_by_side(pictures: dict[str, np.ndarray[Any, Any]]) -> Image.Image:
         sheet.paste(image, (left, caption))
         left += image.width + margin
     return sheet
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """A small picture, each pixel as a square of several."""
+    times = max(1, SHOWN // image.width)
+    return image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
 
 
 def seconds(value: float | None) -> str:
@@ -249,12 +248,14 @@ def figures(steps: Sequence[Any]) -> str:
 
 
 def run(options: argparse.Namespace, ranks: Ranks) -> None:
-    pipeline, arguments = load_pipeline(options.model, ranks)
-    arguments |= dict(
+    pipeline = load_pipeline(options.model, ranks)
+    size = pipeline.vae.config.sample_size
+    arguments = dict(
         prompt=options.prompt,
-        height=options.height,
-        width=options.width,
+        height=options.height or size,
+        width=options.width or size,
         num_inference_steps=options.steps,
+        max_sequence_length=min(512, pipeline.tokenizer_2.model_max_length),  # FLUX takes 512 at most
         seed=options.seed,
     )
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 
 from paracompile.errors import OptionError
 from paracompile.options import number
 from paracompile.report.cache_stats import CacheStats, stats_of
-from paracompile.runtime.cached_call import caches_of
+from paracompile.runtime.cached_call import ModelCache, caches_of
 from paracompile.runtime.slots import named
 
 __all__ = ["cache_context", "cache_stats", "reset_cache", "set_rdt"]
@@ -27,13 +29,13 @@ def set_rdt(model: nn.Module, rdt: float) -> None:
         rdt: the largest relative difference of the first block's residual at which blocks are skipped; 0: never.
 
     Raises:
-        OptionError: not a module, or not a finite number of at least 0.
+        OptionError: not a module, one that was compiled without `rdt`, or not a finite number of at least 0.
     """
     remedy = "give a finite number of at least 0 (0: always compute)"
     threshold = number("rdt", rdt, remedy)
     if not 0 <= threshold < math.inf:
         raise OptionError("rdt", rdt, remedy)
-    for cache in caches_of(_module(model).parameters()):
+    for cache in _caches(model):
         cache.threshold = threshold
         cache.end_generation()
 
@@ -66,9 +68,31 @@ def cache_stats(model: nn.Module) -> CacheStats:
     """What the cache did in the present generation of a model, or in its last one. Waits for the device.
 
     Raises:
-        OptionError: not a module.
+        OptionError: not a module, or one that was compiled without `rdt`.
     """
-    return stats_of(cache.history for cache in caches_of(_module(model).parameters()))
+    return stats_of(cache.history for cache in _caches(model))
+
+
+def _caches(model: nn.Module) -> list[ModelCache]:
+    """The caches of a model, which may still be compiled."""
+    caches = caches_of(_module(model).parameters())
+    wanted = _asks_for_cache(model)
+    if wanted is None:
+        wanted = any(cache.caches is not False for cache in caches)
+    if not wanted:
+        remedy = 'this model was compiled without a first block cache: give torch.compile options={"rdt": 0.08}'
+        raise OptionError("rdt", None, f"{remedy} (set_rdt(model, 0) then turns it off)")
+    return caches
+
+
+def _asks_for_cache(model: nn.Module) -> bool | None:
+    """Whether what `torch.compile` returned was given `rdt`; None for a model itself, or another way to compile."""
+    if not isinstance(model, OptimizedModule):
+        return None
+    backend = innermost_backend(cast(Callable[..., Any], model.dynamo_ctx.callback))
+    if getattr(backend, "compiler_name", None) != "paracompile":
+        return None
+    return bool((getattr(backend, "kwargs", {}).get("options") or {}).get("rdt"))
 
 
 def _module(model: Any) -> nn.Module:

@@ -149,7 +149,7 @@ class Options:
     def _check_cache(self) -> None:
         for key, least, most in _CACHE_OPTIONS:
             value = getattr(self, key)
-            if value == _DEFAULTS[key] and not isinstance(value, bool):
+            if value == _DEFAULTS[key] and type(value) is type(_DEFAULTS[key]):  # 1.0 and True equal 1
                 continue
             if not self.caches:
                 raise OptionError(key, value, 'only the first block cache reads it: give "rdt" as well, or remove it')

@@ -181,11 +181,14 @@ class _Writer:
         entering = {node for role, forms in self.roles.items() if role.startswith("enter") for node in forms.values()}
         for node in leaving:
             role = next((role for role in roles_of(node) if role.startswith("leave")), None)
+            enter = None
             if role is not None:
-                form = roles_of(node)[role]
-                kept.append(_Kept(node, self.roles.get(role.replace("leave", "enter"), {}).get(form)))
+                enter = self.roles.get(role.replace("leave", "enter"), {}).get(roles_of(node)[role])
+            if enter is not None:
+                kept.append(_Kept(node, enter))
                 continue
             origin = _ancestors(node, middle)
+            self._check_types(node, middle)
             if any(source in entering for inside in origin for source in inside.all_input_nodes):
                 kept.append(_Kept(node, None))
             else:
@@ -194,8 +197,18 @@ class _Writer:
                 middle -= origin
         return kept
 
+    def _check_types(self, node: fx.Node, middle: set[fx.Node]) -> None:
+        """Autocast regions among skipped blocks stay there: a value outside its region could get another type."""
+        if any(inside.target in _AUTOCAST for inside in middle):
+            raise GraphError(
+                node,
+                "it is read after the blocks that may be skipped, is no stream of them, and there are autocast regions "
+                "among them",
+                "leave out rdt",
+            )
+
     def _sink(self, kept: list[_Kept]) -> None:
-        """Moves what only the middle reads into it (the text that leaves the first block): a skipped step needs none."""
+        """Moves what only the middle reads into it (the first block's text, for one): a skipped step needs none."""
         used = {*self._residual(), *(value.enter for value in kept)}
         reached = False
         for node in reversed(self.graph.nodes):
@@ -379,8 +392,8 @@ class _Writer:
         streak = write(aten.mul.Tensor, clock.distance, hits)
         computed = write(aten.mul.Tensor, write(aten.add.Scalar, clock.computed, 1), fine)
         computed = write(aten.where.self, hit, clock.computed, computed)
-        # Two images in turn look like one first step after the other. Whose step comes next nobody can say, so it computes
-        # as well, and it does so in every generation: none must depend on whether there was one before.
+        # Two images in turn look like one first step after the other. Whose step comes next nobody can say, so it
+        # computes as well, and does so in every generation: none must depend on whether there was one before.
         unnamed = write(aten.gt.Scalar, write(aten.select.int, self.control, 0, 1), 0)
         doubt = write(aten.logical_and.default, unnamed, write(aten.eq.Scalar, clock.steps, 0))
         computed = write(aten.masked_fill.Scalar, computed, doubt, 0)
@@ -493,7 +506,8 @@ class _Writer:
                     added = write(aten.add.Tensor, added, term)
                     power = write(aten.mul.Tensor, power, place[clock.distance])
                 added = write(aten._to_copy.default, added, dtype=first.meta["val"].dtype)
-            outputs.append(_contiguous(write, write(aten.add.Tensor, place[value.enter], added)))
+            # What is stored comes first: the sum is laid out as it is, so that there is nothing to lay out anew.
+            outputs.append(_contiguous(write, write(aten.add.Tensor, added, place[value.enter])))
         device = self.record.meta["val"].device
         return [*outputs, write(aten.ones.default, [], dtype=torch.float32, device=device, pin_memory=False)]
 

@@ -31,9 +31,12 @@ from paracompile.patterns.blocks import Stream, find_stream, residual_source
 
 __all__ = ["Part", "Skipped", "mark_blocks", "part_of", "roles_of"]
 
+aten = torch.ops.aten
+
 Part = Literal["front", "middle", "back"]
 
 _ORDER: dict[Part, int] = {"front": 0, "middle": 1, "back": 2}
+_NARROWS = {aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default}
 _AUTOCAST = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
 
 
@@ -137,10 +140,19 @@ def _parts(graph: fx.Graph, stream: Stream, first: int, end: int) -> dict[fx.Nod
             parts[node] = of_block[node]
             _check_order(node, parts[node], latest)
         else:
-            parts[node] = "back" if latest == "middle" and node not in feeds_middle else latest
+            late = latest == "middle" and node not in feeds_middle
+            parts[node] = "back" if late and not _narrows(node, parts) else latest
         if node.target is operator.getitem:
             parts[node] = parts[node.all_input_nodes[0]]
     return parts
+
+
+def _narrows(node: fx.Node, parts: dict[fx.Node, Part]) -> bool:
+    """Whether the node takes a part of a value of the middle, and nobody later needs the rest (the text's tokens)."""
+    if node.target not in _NARROWS:
+        return False
+    users = [user for source in node.all_input_nodes for user in source.users if parts.get(user) != "middle"]
+    return all(user.target in _NARROWS for user in users)
 
 
 def _check_order(node: fx.Node, part: Part, latest: Part) -> None:

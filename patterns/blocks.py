@@ -62,9 +62,10 @@ class Stream:
 
 def find_blocks(graph: fx.Graph) -> list[Block]:
     """All blocks of lists of modules, by their place in the graph; of nested lists the outermost."""
+    regions = _regions_in_blocks(graph)
     nodes: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
-        path = _block_of(node)
+        path = regions.get(node) or _block_of(node)
         if path is not None:
             nodes.setdefault(path, []).append(node)
     blocks = {path: Block(path, tuple(inside)) for path, inside in nodes.items()}
@@ -88,7 +89,7 @@ def find_stream(graph: fx.Graph) -> Stream | None:
     runs = []
     for last in blocks:
         exits = [node for node in last.nodes if is_tensor(node) and any(user not in owner for user in node.users)]
-        traced = [stream for node in exits if (stream := _run_to(node, owner)) is not None]
+        traced = [stream for node in exits if (stream := _run_to(node, owner, _part_read(node, owner))) is not None]
         if traced:
             runs.append(max(traced, key=lambda stream: (len(stream.blocks), _size(stream.exits[-1]))))
     best = max(runs, key=lambda stream: len(stream.blocks), default=None)
@@ -98,14 +99,34 @@ def find_stream(graph: fx.Graph) -> Stream | None:
 def residual_source(value: fx.Node, inside: Callable[[fx.Node], bool]) -> fx.Node | None:
     """The value outside that `value` is a residual stream of: `value` = it + what was added inside.
 
-    None where there is no such value of the same shape and type.
+    None where there is no such value of the same shape and type. Of several, such as the stream and what a ControlNet
+    adds to it, the stream is the one that most was done for.
     """
     found = [node for node in _sources(value, inside) if _alike(node, value)]
-    return found[0] if found else None
+    return max(found, key=_effort, default=None) if len(found) > 1 else next(iter(found), None)
 
 
 def _block_of(node: fx.Node) -> str | None:
     return next((path for path in module_paths(node) if path.rpartition(".")[2].isdigit()), None)
+
+
+def _regions_in_blocks(graph: fx.Graph) -> dict[fx.Node, str]:
+    """The block of each edge of an autocast region that lies in one; the edges themselves come from no module."""
+    found: dict[fx.Node, str] = {}
+    opened: dict[fx.Node, set[str | None]] = {}
+    for node in graph.nodes:
+        if node.target is torch.amp.autocast_mode._enter_autocast:
+            opened[node] = set()
+        elif node.target is torch.amp.autocast_mode._exit_autocast:
+            (enter,) = node.all_input_nodes
+            blocks = opened.pop(enter)
+            block = blocks.pop() if len(blocks) == 1 else None
+            if block is not None:
+                found[enter] = found[node] = block
+        else:
+            for blocks in opened.values():
+                blocks.add(_block_of(node))
+    return found
 
 
 def _inner(block: Block) -> frozenset[str]:
@@ -123,8 +144,8 @@ def _has_likeness(inner: frozenset[str], of_list: Sequence[frozenset[str]]) -> b
     return len(of_list) == 1 or sum(2 * len(inner & other) >= min(len(inner), len(other)) for other in of_list) > 1
 
 
-def _run_to(value: fx.Node, owner: dict[fx.Node, Block]) -> Stream | None:
-    """The stream that ends with `value`, which leaves a block."""
+def _run_to(value: fx.Node, owner: dict[fx.Node, Block], part: Window) -> Stream | None:
+    """The stream that ends with `value`, which leaves a block, and of which this part is read."""
     blocks: list[Block] = []
     entries: list[fx.Node] = []
     exits: list[fx.Node] = []
@@ -137,7 +158,9 @@ def _run_to(value: fx.Node, owner: dict[fx.Node, Block]) -> Stream | None:
         blocks.append(block)
         entries.append(source)
         exits.append(current)
-        current = _exit_before(source, owner)
+        current = _exit_before(source, owner, part)
+        if current is not source:
+            part = None
         if current is not None and owner[current] in blocks:
             break
     if not blocks:
@@ -145,23 +168,35 @@ def _run_to(value: fx.Node, owner: dict[fx.Node, Block]) -> Stream | None:
     return Stream(tuple(blocks[::-1]), tuple(entries[::-1]), tuple(exits[::-1]))
 
 
-def _exit_before(entry: fx.Node, owner: dict[fx.Node, Block]) -> fx.Node | None:
-    """The value of an earlier block that `entry` comes from; the largest where lists join several streams."""
-    if entry in owner:
-        return entry
-    found = [node for node in _sources(entry, lambda node: node not in owner) if node in owner]
-    return max(found, key=_size, default=None)
-
-
 Window = tuple[int, int, int] | None
 """A part of a value: dimension, first position and length; None for all of it."""
 
 
-def _sources(value: fx.Node, inside: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """The values not inside that `value` is a residual stream of, or is joined or cut from."""
+def _part_read(value: fx.Node, owner: dict[fx.Node, Block]) -> Window:
+    """What part of a value is read outside blocks, where it is one: the image out of both streams."""
+    readers = [user for user in value.users if user not in owner]
+    readers = [part for reader in readers for part in (reader.users if reader.target in _CUTS else [reader])]
+    parts = {window for reader in readers for source, window in _steps(reader, None) or [(value, None)]}
+    return next(iter(parts)) if len(parts) == 1 else None
+
+
+def _exit_before(entry: fx.Node, owner: dict[fx.Node, Block], part: Window) -> fx.Node | None:
+    """The value of an earlier block that `entry` comes from.
+
+    Where lists join several streams it is the one of which `part` is read in the end, or else the largest.
+    """
+    if entry in owner:
+        return entry
+    of_part = _sources(entry, lambda node: node not in owner, part)
+    found = [node for node in of_part or _sources(entry, lambda node: node not in owner) if node in owner]
+    return max(found, key=_size, default=None)
+
+
+def _sources(value: fx.Node, inside: Callable[[fx.Node], bool], part: Window = None) -> list[fx.Node]:
+    """The values not inside that `value` (or a part of it) is a residual stream of, or is joined or cut from."""
     found: dict[fx.Node, None] = {}
     seen: set[tuple[fx.Node, Window]] = set()
-    waiting: list[tuple[fx.Node, Window]] = [(value, None)]
+    waiting: list[tuple[fx.Node, Window]] = [(value, part)]
     while waiting:
         node, window = waiting.pop()
         if (node, window) in seen:
@@ -233,6 +268,16 @@ def _alike(node: fx.Node, other: fx.Node) -> bool:
 
 def _shape(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
+
+
+def _effort(node: fx.Node) -> int:
+    """How many nodes a value depends on."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        sources = [source for source in waiting.pop().all_input_nodes if source not in seen]
+        seen.update(sources)
+        waiting.extend(sources)
+    return len(seen)
 
 
 def _size(node: fx.Node) -> int:

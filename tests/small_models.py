@@ -285,6 +285,21 @@ class Transformer(nn.Module):
         return self.after(self.proj_out(x))
 
 
+class Denoiser(nn.Module):
+    """Blocks between a linear in and a linear out, told the time, as a diffusion transformer is called."""
+
+    def __init__(self, depth: int = 3, *, block: Callable[[], nn.Module] = Block, channels: int = 10) -> None:
+        super().__init__()
+        self.proj_in, self.proj_out = nn.Linear(channels, WIDTH), nn.Linear(WIDTH, channels)
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, **more: Any) -> tuple[Tensor]:
+        x = self.proj_in(hidden_states) * (1 + timestep.reshape(-1, 1, 1))
+        for block in self.blocks:
+            x = block(x, **more)
+        return (self.proj_out(x),)
+
+
 class Joint(nn.Module):
     """Text and image in one attention, joined before and split after it, as in the double blocks of MM-DiT."""
 

@@ -14,7 +14,7 @@ from torch import fx
 from paracompile.errors import ParacompileError
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
-from paracompile.passes import Pass, check_contracts, pipeline, run_passes
+from paracompile.passes import CachePasses, Pass, check_contracts, pipeline, run_passes
 
 
 def first(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -83,6 +83,32 @@ def test_the_order_for_each_kind_of_mesh(mesh: Mesh, cuts: list[str]) -> None:
     check_contracts(pipeline(ranks))
     assert names(pipeline(ranks)) == [*before, *cuts, *after]
     assert names(pipeline(ranks, drop_keys=False)) == [*before, *cuts, *after[1:]]
+
+
+@pytest.mark.parametrize("mesh, cuts", MESHES, ids=[mesh_name(mesh) for mesh, _ in MESHES])
+def test_the_order_with_a_first_block_cache(mesh: Mesh, cuts: list[str]) -> None:
+    """Blocks are marked in the graph of the whole model, and skipped in that of the rank, before it is scheduled."""
+    passes = pipeline(Ranks.simulated(**mesh_sizes(mesh)), cache=CachePasses())
+    before, after = AROUND
+    check_contracts(passes)
+    assert names(passes) == [*before, "mark_blocks", *cuts, after[0], "first_block_cache", *after[1:]]
+
+
+@pytest.mark.parametrize(
+    "order, words",
+    [
+        ((0, 1, 3, 4, 2, 5, 6, 7, 8), ["'mark_blocks' cannot follow ['local rows', 'local tokens']"]),
+        ((0, 1, 3, 2, 4, 5, 6, 7, 8), ["'mark_blocks' cannot follow ['local rows']"]),
+        ((0, 1, 3, 4, 5, 6, 7, 8), ["'first_block_cache' needs ['marked blocks']"]),
+        ((0, 2, 1, 3, 4, 5, 6, 7, 8), ["'mark_blocks' needs ['static lengths']"]),
+    ],
+)
+def test_the_passes_of_the_cache_in_any_other_order_are_refused(order: Sequence[int], words: list[str]) -> None:
+    passes = pipeline(Ranks.simulated(batch=2, ulysses=2), cache=CachePasses())
+    with pytest.raises(ParacompileError) as caught:
+        check_contracts([passes[place] for place in order])
+    for word in words:
+        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize(

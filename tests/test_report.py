@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from small_models import (
     Mesh,
     SelfAttention,
     Transformer,
+    capture,
     draw,
     image_tokens,
     mesh_name,
@@ -25,9 +27,12 @@ from small_models import (
     shard,
     text_tokens,
 )
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from paracompile.report.report import Report
+from paracompile.layout.plan import Plan
+from paracompile.mesh import Ranks
+from paracompile.passes import CachePasses, pipeline, run_passes
+from paracompile.report.report import Report, report_of
 
 CHANNELS = 10
 FLOAT = 4
@@ -227,11 +232,50 @@ def test_the_last_gather_is_no_news(after: Callable[[Tensor], Tensor]) -> None:
     assert report.notes == ()
 
 
+# With a first block cache
+
+
+def test_one_rank_with_a_cache() -> None:
+    """What the middle of `Transformer` costs, counted by hand, and what is stored for it."""
+    reports: list[Report] = []
+    options = {"compiler": "eager", "rdt": 0.1, "last_blocks": 1, "report": reports.append}
+    with torch.no_grad():
+        torch.compile(randomise(Transformer(4)), backend="paracompile", options=options)(image_tokens())
+    assert reports == [
+        Report(
+            ranks=1,
+            flops_whole=whole_flops(4),
+            flops_rank=whole_flops(4),
+            blocks=4,
+            blocks_skipped=2,
+            flops_skipped=whole_flops(2) - whole_flops(0),
+            state_bytes=2 * LAYER,
+        )
+    ]
+
+
+def test_exchanges_of_a_step_in_which_all_blocks_are_computed() -> None:
+    """Four numbers are added up over the ranks besides; exchanges in skipped blocks count."""
+    reports: list[Report] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        plans: list[Plan] = []
+        ranks = Ranks.simulated(ulysses=2)
+        local = run_passes(gm, example_inputs, pipeline(ranks, planned=plans.append, cache=CachePasses()))
+        reports.append(report_of(plans, ranks, local, [], lambda operation: 0))
+        return gm.forward
+
+    capture(randomise(Transformer(3)), [image_tokens()], backend)
+    (report,) = reports
+    assert report.collectives == {"all_to_all_single": 12, "all_reduce": 1, "all_gather_into_tensor": 1}
+    assert report.bytes_sent == 3 * 4 * LAYER // 4 + 4 * FLOAT + OUTPUT // 2
+
+
 # As text
 
 
 def test_on_one_rank() -> None:
-    assert str(Report(ranks=1)) == "one rank: nothing was sharded"
+    assert str(Report(ranks=1)) == "ranks  1, nothing was sharded"
 
 
 def test_as_a_table() -> None:
@@ -256,6 +300,26 @@ def test_as_a_table() -> None:
         "work of a rank                    25.5% of the model's products",
         "- gathered this",
         "- gathered that",
+    ]
+
+
+CACHE = {"blocks": 57, "blocks_skipped": 56, "flops_skipped": 204, "state_bytes": 1234567}
+
+
+def test_the_cache_as_a_table() -> None:
+    report = Report(ranks=1, flops_whole=1000, flops_rank=255, notes=("gathered this",), **CACHE)
+    assert str(report).splitlines() == [
+        "ranks                       1, nothing was sharded",
+        "blocks that may be skipped  56 of 57",
+        "work of a skipped step      20.0% of a step",
+        "bytes stored for each slot  1,234,567",
+        "- gathered this",
+    ]
+    assert str(Report(ranks=2, flops_whole=1000, flops_rank=255, **CACHE)).splitlines()[6:] == [
+        "work of a rank                    25.5% of the model's products",
+        "blocks that may be skipped        56 of 57",
+        "work of a skipped step            20.0% of a step",
+        "bytes stored for each slot        1,234,567",
     ]
 
 

@@ -32,7 +32,8 @@ from small_models import (
 from torch import Tensor, fx, nn
 
 from paracompile.mesh import Ranks
-from paracompile.passes import pipeline, run_passes
+from paracompile.passes import CachePasses, pipeline, run_passes
+from paracompile.passes.first_block_cache import COMPUTE, COND, REUSE
 from paracompile.passes.schedule import is_collective, is_wait, schedule
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
@@ -292,6 +293,33 @@ def test_no_node_leaves_its_region(name: str) -> None:
     assert before == after
 
 
+# With a first block cache
+
+
+def test_the_branches_of_a_conditional_are_ordered_too() -> None:
+    """Exchanges of skipped blocks start early and are awaited late, and all of that before anything is stored."""
+    found: list[str] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        passes = pipeline(Ranks.simulated(ulysses=2), cache=CachePasses())
+        stop = [step.name for step in passes].index("schedule")
+        local = run_passes(gm, example_inputs, passes[:stop])
+        assert exchanges(getattr(local, REUSE)) == ""
+        found.append(exchanges(getattr(local, COMPUTE)))
+        found.append(exchanges(getattr(schedule(local, example_inputs), COMPUTE)))
+        return gm.forward
+
+    capture(randomise(Transformer(2)), [image_tokens()], backend)
+    assert found == ["s w s w s w s w copy copy", "s s s w w w s w copy copy"]
+
+
+def exchanges(gm: fx.GraphModule) -> str:
+    """Starts, waits and writes, in order."""
+    kinds = ("s" if is_collective(node) else "w" if is_wait(node) else "" for node in gm.graph.nodes)
+    writes = ("copy" if node.target is aten.copy_.default else "" for node in gm.graph.nodes)
+    return " ".join(filter(None, map("".join, zip(kinds, writes, strict=True))))
+
+
 # On graphs written by hand
 
 Fence = Callable[[fx.Graph, fx.Node], Any]
@@ -315,6 +343,12 @@ def an_autocast_region(graph: fx.Graph, state: fx.Node) -> None:
     graph.call_function(EXIT, (entered,))
 
 
+def a_conditional(graph: fx.Graph, state: fx.Node) -> None:
+    """Its branches may write to what they are given, so nothing may pass it."""
+    branches = (graph.get_attr("reuse"), graph.get_attr("compute"))
+    graph.call_function(COND, (graph.call_function(aten.any.default, (state,)), *branches, (state,)))
+
+
 def written_by_hand(fence: Fence) -> fx.GraphModule:
     """An exchange and a number of its own on each side of a fence."""
     graph = fx.Graph()
@@ -328,7 +362,9 @@ def written_by_hand(fence: Fence) -> fx.GraphModule:
     fence(graph, state)
     results += [exchanged(graph.call_function(aten.exp.default, (state,))), graph.call_function(aten.abs.default, (x,))]
     graph.output(tuple(results))
-    return fx.GraphModule(nn.Module(), graph)
+    root = nn.Module()
+    root.reuse, root.compute = nn.Identity(), nn.Identity()
+    return fx.GraphModule(root, graph)
 
 
 @pytest.mark.parametrize(
@@ -338,11 +374,12 @@ def written_by_hand(fence: Fence) -> fx.GraphModule:
         (a_write, "start neg sin wait | exp start abs wait"),
         (an_in_place_operator, "start neg wait | exp start abs wait"),
         (an_autocast_region, "start neg wait | cos | exp start abs wait"),
+        (a_conditional, "start neg any wait | exp start abs wait"),
     ],
 )
 def test_a_fence_is_not_crossed(fence: Fence, expected: str) -> None:
     short = {"all_to_all_single": "start", "wait_tensor": "wait", "copy_": "|", "add_": "|"}
-    short |= {"_enter_autocast": "|", "_exit_autocast": "|"}
+    short |= {"_enter_autocast": "|", "_exit_autocast": "|", "cond": "|"}
     gm = schedule(written_by_hand(fence), [])
     names = [
         node.target.overloadpacket.__name__ if hasattr(node.target, "overloadpacket") else node.target.__name__

@@ -68,8 +68,8 @@ def _forget(owner: Any) -> None:
     """Forgets the state of a model, of a pipeline's models, or, of whom it is not known, all state."""
     if isinstance(owner, nn.Module):
         models = [owner]
-    elif isinstance(components := getattr(owner, "components", None), dict):
-        models = [component for component in components.values() if isinstance(component, nn.Module)]
+    elif models := [part for part in vars(owner).values() if isinstance(part, nn.Module)]:
+        pass
     else:
         forget_all()
         return

@@ -7,6 +7,7 @@ trajectory of a generation (the conditional pass, the unconditional one), see `s
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from paracompile.runtime.slots import UNKNOWN, Call, CallSigns, current_name
 
-__all__ = ["CachedCall", "ModelCache", "StateLike", "caches_of", "forget_all"]
+__all__ = ["CachedCall", "ModelCache", "StateLike", "caches_of", "forget_all", "graph_compiled"]
 
 _MOST_SLOTS = 8  # of calls that nobody named; the oldest go first
 _MOST_RECORDS = 4096  # of one slot
@@ -62,11 +63,13 @@ class ModelCache:
         threshold: what `set_rdt` said; None: what the options said.
         slots: by graph.
         history: the records of the present or last generation, by slot's name.
+        caches: whether any graph of the model was compiled with a cache; None: none was compiled yet.
     """
 
     threshold: float | None = None
     slots: weakref.WeakKeyDictionary[CachedCall, list[Slot]] = field(default_factory=weakref.WeakKeyDictionary)
     history: dict[str, list[Tensor]] = field(default_factory=dict)
+    caches: bool | None = None
     _ended: bool = False
 
     def end_generation(self) -> None:
@@ -106,6 +109,18 @@ def caches_of(parameters: Iterable[Tensor], *, make: bool = True) -> list[ModelC
     return list(found.values()) or [first]
 
 
+def graph_compiled(parameters: Sequence[Tensor], *, caches: bool) -> None:
+    """Notes whether the graph of a model with these parameters has a cache."""
+    for known in caches_of(parameters) if parameters else []:
+        known.caches = known.caches or caches
+        if known.threshold is not None and not known.caches:
+            warnings.warn(
+                "paracompile: set_rdt was called for a model that is now compiled without a first block cache: it has "
+                'no effect. Give torch.compile "rdt" among its options.',
+                stacklevel=2,
+            )
+
+
 def forget_all() -> None:
     """Ends the generation of every model."""
     for known in list(_caches.values()):
@@ -113,10 +128,10 @@ def forget_all() -> None:
 
 
 @cache
-def _control(threshold: float, doubt: bool, device: torch.device) -> Tensor:
+def _control(threshold: float, unnamed: bool, device: torch.device) -> Tensor:
     """Made once: no copy to the device at each step."""
     with torch.inference_mode(False):
-        return torch.tensor([threshold, float(doubt)], dtype=torch.float32, device=device)
+        return torch.tensor([threshold, float(unnamed)], dtype=torch.float32, device=device)
 
 
 @dataclass(eq=False)
@@ -143,9 +158,9 @@ class CachedCall:
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         model = self._model(args)
         model.begin_call()
-        slot, doubt = self._slot(model, args)
+        slot = self._slot(model, args)
         threshold = self.threshold if model.threshold is None else model.threshold
-        control = _control(threshold, doubt, slot.record.device)
+        control = _control(threshold, slot.call is not None, slot.record.device)
         try:
             *outputs, record = self.compiled(*self.prepare(args), control, slot.record, *slot.state)
         except BaseException:
@@ -166,8 +181,8 @@ class CachedCall:
     def _slots(self, model: ModelCache) -> list[Slot]:
         return model.slots.setdefault(self, [])
 
-    def _slot(self, model: ModelCache, args: Sequence[Any]) -> tuple[Slot, bool]:
-        """The slot of this call, and whether the call may be of another image than the slot's last."""
+    def _slot(self, model: ModelCache, args: Sequence[Any]) -> Slot:
+        """The slot of this call."""
         slots = self._slots(model)
         name = current_name()
         if name is not None:
@@ -175,22 +190,21 @@ class CachedCall:
             if named is None:
                 named = self._new(name)
                 slots.append(named)
-            return named, False
+            return named
         call = self.signs.of(args)
         if call is None:
             slots[:] = [slot for slot in slots if slot.name != UNKNOWN]
             slots.append(self._new(UNKNOWN))  # nothing tells it from others: never reused
-            return slots[-1], False
+            return slots[-1]
         for slot in slots:
             if slot.call is not None and call.continues(slot.call):
-                doubt = not call.same_sample(slot.call)
-                slot.call = call
-                return slot, doubt
-        slots[:] = [slot for slot in slots if slot.call is None or slot.call.alive()][-_MOST_SLOTS + 1 :]
+                return slot
+        told = [slot for slot in slots if slot.call is not None and slot.call.alive()]
+        slots[:] = [slot for slot in slots if slot.call is None] + told[-_MOST_SLOTS + 1 :]
         taken = {slot.name for slot in slots}
         number = next(number for number in range(1, _MOST_SLOTS + 2) if f"call {number}" not in taken)
         slots.append(self._new(f"call {number}", call))
-        return slots[-1], False
+        return slots[-1]
 
     def _new(self, name: str, call: Call | None = None) -> Slot:
         with torch.inference_mode(False), torch.no_grad():

@@ -2,7 +2,8 @@
 
 A name says it outright: `cache_context` of paracompile, or of diffusers' models (its pipelines use it). Without a name
 the calls themselves tell: a pipeline passes the very same tensors of conditioning (text, ids, masks) at each step of
-one trajectory, and others for another. What is not surely the same is another trajectory, and starts by computing.
+one trajectory, and others for another. What is not surely the same is another trajectory, and starts by computing:
+two steps, because two images of one prompt in turn are only seen to be two at the second.
 """
 
 from __future__ import annotations
@@ -60,24 +61,25 @@ class _Seen:
             and (self.address, self.version) == (other.address, other.version)
         )
 
+    def is_current(self) -> bool:
+        """Whether the tensor still exists, and was not written to."""
+        tensor = self.reference()
+        return tensor is not None and self.is_same(_Seen.of(tensor))
+
 
 @dataclass(frozen=True)
 class Call:
-    """The signs of one call: its conditioning, and the sample that it denoises."""
+    """The signs of one call: its conditioning."""
 
     conditioning: tuple[_Seen, ...]
-    sample: _Seen
 
     def continues(self, last: Call) -> bool:
         """Whether both calls have the same conditioning."""
         return all(mine.is_same(theirs) for mine, theirs in zip(self.conditioning, last.conditioning, strict=True))
 
-    def same_sample(self, last: Call) -> bool:
-        return self.sample.is_same(last.sample)
-
     def alive(self) -> bool:
         """Whether the conditioning can still come again."""
-        return all(seen.reference() is not None for seen in self.conditioning)
+        return all(seen.is_current() for seen in self.conditioning)
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,12 @@ class CallSigns:
 
     attributes:
         conditioning: places of tensors that stay the same through a trajectory.
-        sample: the place of the tensor that is denoised, if it is known.
     """
 
     conditioning: tuple[int, ...]
-    sample: int | None
 
     def of(self, args: Sequence[Any]) -> Call | None:
         """The signs of a call; None where it has none."""
-        if self.sample is None or not self.conditioning:
+        if not self.conditioning:
             return None
-        return Call(tuple(_Seen.of(args[place]) for place in self.conditioning), _Seen.of(args[self.sample]))
+        return Call(tuple(_Seen.of(args[place]) for place in self.conditioning))

@@ -1,0 +1,132 @@
+"""What the first block cache must do, worked out by hand: a family's own model in float64, whose blocks are watched.
+
+Nothing here looks at a graph. Which lists of blocks a model has, and which of a block's results is the image's stream,
+is written down for each family.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from capture import Captured
+from families import Inputs
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+LISTS = {
+    "flux": ("transformer_blocks", "single_transformer_blocks"),
+    "stable_diffusion_3": ("transformer_blocks",),
+    "wan": ("blocks",),
+    "cogvideox": ("transformer_blocks",),
+    "hunyuan_video": ("transformer_blocks", "single_transformer_blocks"),
+    "ltx_video": ("transformer_blocks",),
+    "qwen_image": ("transformer_blocks",),
+    "mochi": ("transformer_blocks",),
+}
+"""The lists of a family's blocks, in the order in which they are run."""
+
+IMAGE_SECOND = ("flux", "stable_diffusion_3", "qwen_image")
+"""Families whose blocks return (text, image); the others return (image, text), or the image alone."""
+
+
+class InDouble(TorchDispatchMode):
+    """What a model does in float32 by its own word, it does in float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") is torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+Streams = tuple[Any, ...]
+"""A value for each stream that a block returns: the image's and the text's; None where the last block drops one."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen in one call.
+
+    attributes:
+        output: the model's.
+        residual: what the blocks at the front add to the image, which decides.
+        added: what the blocks in the middle add to each stream.
+    """
+
+    output: Tensor
+    residual: Tensor
+    added: Streams
+
+
+class ByHand:
+    """A captured model in float64; `first` blocks at the front and `last` at the end are always computed.
+
+    args:
+        lists: the model's lists of blocks, in the order in which they are run.
+        image: the place of the image's stream among what a block returns.
+    """
+
+    def __init__(
+        self, of: Captured, lists: Sequence[str] = ("blocks",), image: int = 0, *, first: int = 1, last: int = 0
+    ) -> None:
+        self.model = copy.deepcopy(of.model).double()
+        self.blocks = [block for name in lists for block in self.model.get_submodule(name).children()]
+        self.image, self.first, self.end = image, first, len(self.blocks) - last
+
+    @classmethod
+    def of_family(cls, family: str, of: Captured, *, first: int = 1, last: int = 0) -> ByHand:
+        return cls(of, LISTS[family], int(family in IMAGE_SECOND), first=first, last=last)
+
+    def computed(self, inputs: Inputs) -> Seen:
+        return self._call(inputs, None)
+
+    def skipped(self, inputs: Inputs, added: Streams) -> Tensor:
+        """The output where `added` stands for what the blocks in the middle add."""
+        return self._call(inputs, added).output
+
+    def _call(self, inputs: Inputs, instead: Streams | None) -> Seen:
+        start: list[Tensor] = []
+        front: list[Streams] = []
+        added: list[Streams] = []
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            start.append(kwargs.get("hidden_states", args[0] if args else None))
+
+        def leave_front(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+            front.append(_streams(result))
+
+        def leave_middle(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+            pairs = list(zip(_streams(result), front[0], strict=True))
+            added.append(tuple(None if end is None else end - begin for end, begin in pairs))
+            if instead is None:
+                return None
+            new = tuple(
+                None if end is None else begin + more for (end, begin), more in zip(pairs, instead, strict=True)
+            )
+            return new if isinstance(result, tuple) else new[0]
+
+        hooks = [
+            self.blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
+            self.blocks[self.first - 1].register_forward_hook(leave_front),
+            self.blocks[self.end - 1].register_forward_hook(leave_middle),
+        ]
+        try:
+            with torch.no_grad(), InDouble():
+                (output,) = self.model(**pytree.tree_map_only(Tensor, _double, inputs))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Seen(output, front[0][self.image] - start[0], added[0])
+
+
+def _streams(result: Any) -> Streams:
+    return tuple(result) if isinstance(result, tuple) else (result,)
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value

@@ -1,0 +1,356 @@
+"""Which modules are a model's repeated blocks, and which stream of tokens runs through them to the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from by_hand import IMAGE_SECOND
+from capture import Captured, capture, captured
+from families import ALL_FAMILIES, Inputs
+from small_models import BATCH, IMAGE, TEXT, WIDTH, Block, Denoiser, Joint, image_tokens, randomise, text_tokens
+from torch import Tensor, fx, nn
+
+from paracompile.mesh import Ranks
+from paracompile.passes import pipeline, run_passes
+from paracompile.patterns.blocks import Stream, find_blocks, find_stream
+
+
+def in_aten(of: Captured) -> fx.GraphModule:
+    """The graph in which blocks are looked for."""
+    return run_passes(of.gm, of.example_inputs, pipeline(Ranks.simulated())[:2])
+
+
+def named(name: str, number: int) -> list[str]:
+    return [f"{name}.{index}" for index in range(number)]
+
+
+BLOCKS = {
+    "flux": named("transformer_blocks", 2) + named("single_transformer_blocks", 2),
+    "stable_diffusion_3": named("transformer_blocks", 3),
+    "wan": named("blocks", 3),
+    "cogvideox": named("transformer_blocks", 3),
+    "hunyuan_video": named("transformer_blocks", 2) + named("single_transformer_blocks", 2),
+    "ltx_video": named("transformer_blocks", 2),
+    "qwen_image": named("transformer_blocks", 2),
+    "mochi": named("transformer_blocks", 2),
+}
+REFINERS = {"hunyuan_video": ["context_embedder.token_refiner.refiner_blocks.0"]}
+"""Blocks of the text alone."""
+
+
+def values_of(gm: fx.GraphModule, arguments: Sequence[Any], nodes: Sequence[fx.Node]) -> list[Tensor]:
+    found: dict[fx.Node, Tensor] = {}
+
+    class Keep(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if n in nodes:
+                found[n] = result
+            return result
+
+    with torch.no_grad():
+        Keep(gm).run(*arguments)
+    return [found[node] for node in nodes]
+
+
+def image_of_each_block(family: str, of: Captured) -> tuple[Tensor, list[Tensor]]:
+    """What the model's first block is given, and what each gives: of the image."""
+    entered: list[Tensor] = []
+    left: list[Tensor] = []
+    place = int(family in IMAGE_SECOND)
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(kwargs.get("hidden_states", args[0] if args else None))
+
+    def leave(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        left.append(result[place] if isinstance(result, tuple) else result)
+
+    blocks = [of.model.get_submodule(path) for path in BLOCKS[family]]
+    hooks = [blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
+    hooks += [block.register_forward_hook(leave) for block in blocks]
+    try:
+        with torch.no_grad():
+            of.model(**of.inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return entered[0], left
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_blocks_and_the_stream_of_a_family(family: str) -> None:
+    """All lists in sequence are one run, and the stream is the image's, value for value."""
+    of = captured(family)
+    gm = in_aten(of)
+    assert [block.path for block in find_blocks(gm.graph)] == REFINERS.get(family, []) + BLOCKS[family]
+    stream = find_stream(gm.graph)
+    assert stream is not None
+    assert [block.path for block in stream.blocks] == BLOCKS[family]
+    found = values_of(gm, of.arguments, [stream.entries[0], *stream.exits])
+    start, ends = image_of_each_block(family, of)
+    for value, expected in zip(found, [start, *ends], strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion_3", "mochi", "qwen_image"])
+def test_a_last_block_that_drops_the_text_is_one_of_the_blocks(family: str) -> None:
+    blocks = find_blocks(in_aten(captured(family)).graph)
+    assert len(blocks[-1].nodes) < len(blocks[-2].nodes)
+
+
+@pytest.mark.parametrize("family, sizes", [("flux", {"image": (2, 3)}), ("hunyuan_video", {"size": (1, 4, 6)})])
+def test_the_stream_is_the_image_s_also_where_the_text_is_longer(family: str, sizes: dict[str, Any]) -> None:
+    of = captured(family, **sizes)
+    gm = in_aten(of)
+    stream = find_stream(gm.graph)
+    assert stream is not None
+    (found,) = values_of(gm, of.arguments, [stream.entries[0]])
+    torch.testing.assert_close(found, image_of_each_block(family, of)[0], rtol=1e-5, atol=1e-5)
+
+
+# Hand-written models
+
+
+def graph_of(model: nn.Module, **inputs: Tensor) -> fx.Graph:
+    return in_aten(capture(randomise(model), inputs)).graph
+
+
+def noisy() -> Inputs:
+    return {"hidden_states": image_tokens(), "timestep": torch.full((BATCH,), 0.5)}
+
+
+def paths(stream: Stream | None) -> list[str]:
+    return [] if stream is None else [block.path for block in stream.blocks]
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+class Of(nn.Module):
+    """A function of tokens, made of the modules that it is given."""
+
+    def __init__(self, forward: Callable[..., Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        self.do = forward
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, **inputs: Tensor) -> tuple[Tensor]:
+        return (self.do(self, **inputs),)
+
+
+def chain(self: Any, x: Tensor) -> Tensor:
+    for layer in self.layers:
+        x = layer(x)
+    return x
+
+
+def pairs(kind: Callable[[], nn.Module], number: int = 3) -> nn.ModuleList:
+    return nn.ModuleList(kind() for _ in range(number))
+
+
+class Unlike(nn.Module):
+    """A block without a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))
+
+
+def test_blocks_of_one_list() -> None:
+    graph = graph_of(Denoiser(4), **noisy())
+    stream = find_stream(graph)
+    assert paths(stream) == named("blocks", 4)
+    assert stream is not None
+    assert stream.entries[1:] == stream.exits[:-1]
+    assert all(node in block.nodes for block, node in zip(stream.blocks, stream.exits, strict=True))
+    assert stream.entries[0] not in stream.blocks[0].nodes
+
+
+@pytest.mark.parametrize(
+    "layers, blocks",
+    [
+        (lambda: nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4)), []),  # layers, not blocks
+        (lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)), []),
+        (lambda: pairs(Block, 1), named("layers", 1)),  # one block alone: nothing to skip
+        (lambda: pairs(Unlike), named("layers", 3)),  # no stream that they add to
+        (lambda: nn.ModuleList([Block(), Unlike()]), []),  # nothing alike
+    ],
+    ids=["linear layers", "an MLP", "one block", "no residual", "unlike"],
+)
+def test_what_is_no_run_of_blocks(layers: Callable[[], nn.Module], blocks: list[str]) -> None:
+    graph = graph_of(Of(chain, layers=layers()), x=image_tokens(WIDTH))
+    assert [block.path for block in find_blocks(graph)] == blocks
+    assert find_stream(graph) is None
+
+
+def test_a_model_without_lists() -> None:
+    graph = graph_of(Of(lambda self, x: self.b(self.a(x)), a=Block(), b=Block()), x=image_tokens(WIDTH))
+    assert find_blocks(graph) == []
+    assert find_stream(graph) is None
+
+
+def test_a_sequential_is_a_list() -> None:
+    graph = graph_of(Of(lambda self, x: self.layers(x), layers=nn.Sequential(Block(), Block())), x=image_tokens(WIDTH))
+    assert paths(find_stream(graph)) == named("layers", 2)
+
+
+def test_of_nested_lists_the_outermost() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = pairs(Block, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parts[1](self.parts[0](x))
+
+    assert paths(find_stream(graph_of(Of(chain, layers=pairs(Nested)), x=image_tokens(WIDTH)))) == named("layers", 3)
+
+
+class Runner(nn.Module):
+    """Runs blocks that belong to another module."""
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_list_that_is_called_in_a_wrapper() -> None:
+    graph = graph_of(Of(lambda self, x: self.inner(x), inner=Runner(pairs(Block))), x=image_tokens(WIDTH))
+    assert paths(find_stream(graph)) == named("inner.blocks", 3)
+
+
+def test_a_list_of_the_model_that_a_wrapper_calls() -> None:
+    """One list under two names: its blocks are found under one of them, each once."""
+    blocks = pairs(Block)
+    model = Of(lambda self, x: self.runner(x), blocks=blocks, runner=Runner(blocks))
+    found = paths(find_stream(graph_of(model, x=image_tokens(WIDTH))))
+    assert found in (named("runner.blocks", 3), named("blocks", 3))
+
+
+class Wrapper(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
+def test_blocks_that_are_wrapped_one_by_one() -> None:
+    assert paths(find_stream(graph_of(Of(chain, layers=pairs(Wrapper)), x=image_tokens(WIDTH)))) == named("layers", 3)
+
+
+class OtherType(nn.Module):
+    """Adds in float32, as some models do, and goes on in the type that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH, elementwise_affine=False), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.float() + self.linear(self.norm(x.float()).type_as(x)).float()).type_as(x)
+
+
+def test_a_stream_that_changes_its_type_and_back() -> None:
+    model = Of(chain, layers=pairs(OtherType).bfloat16())
+    stream = find_stream(graph_of(model, x=image_tokens(WIDTH).bfloat16()))
+    assert paths(stream) == named("layers", 3)
+    assert stream is not None
+    assert {node.meta["val"].dtype for node in (*stream.entries, *stream.exits)} == {torch.bfloat16}
+
+
+class Doubles(nn.Module):
+    """Blocks of two streams, then blocks of both as one, then the image is taken out again."""
+
+    def __init__(self, *, text_first: bool, split: bool) -> None:
+        super().__init__()
+        self.doubles = nn.ModuleList(Joint(text_first=text_first) for _ in range(2))
+        self.singles = pairs(Block, 2)
+        self.text_first, self.split = text_first, split
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor]:
+        length = text.shape[1]
+        for block in self.doubles:
+            image, text = block(image, text)
+        x = torch.cat([text, image] if self.text_first else [image, text], dim=1)
+        for block in self.singles:
+            x = block(x)
+        if self.split:
+            lengths = [length, image.shape[1]][:: 1 if self.text_first else -1]
+            return (x.split(lengths, dim=1)[int(self.text_first)],)
+        return (x[:, length:] if self.text_first else x[:, : image.shape[1]],)
+
+
+@pytest.mark.parametrize("text_first", [True, False])
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("image, text", [(IMAGE, TEXT), (TEXT, TEXT), (TEXT, IMAGE)])
+def test_streams_that_are_joined_on_the_way(text_first: bool, split: bool, image: int, text: int) -> None:
+    """The image is followed, which the output is made of, be it longer than the text, as long, or shorter."""
+    model = Doubles(text_first=text_first, split=split)
+    of = capture(
+        randomise(model),
+        {"image": image_tokens(WIDTH)[:, :image], "text": text_tokens(WIDTH).repeat(1, 2, 1)[:, :text]},
+    )
+    gm = in_aten(of)
+    stream = find_stream(gm.graph)
+    assert paths(stream) == named("doubles", 2) + named("singles", 2)
+    assert stream is not None
+    assert [shape_of(node)[1] for node in stream.exits] == [image, image, image + text, image + text]
+    (start,) = values_of(gm, of.arguments, stream.entries[:1])
+    assert torch.equal(start, of.inputs["image"])
+
+
+class Pair(nn.Module):
+    """Blocks of two streams; the output is made of one of them."""
+
+    def __init__(self, *, image_out: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Joint() for _ in range(3))
+        self.image_out = image_out
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor]:
+        for block in self.blocks:
+            image, text = block(image, text)
+        return (image if self.image_out else text,)
+
+
+@pytest.mark.parametrize("image_out", [True, False])
+def test_of_two_streams_of_one_length_that_which_reaches_the_output(image_out: bool) -> None:
+    """Shapes tell them apart no more."""
+    inputs = {"image": image_tokens(WIDTH), "text": image_tokens(WIDTH, seed=5)}
+    of = capture(randomise(Pair(image_out=image_out)), inputs)
+    gm = in_aten(of)
+    stream = find_stream(gm.graph)
+    assert paths(stream) == named("blocks", 3)
+    assert stream is not None
+    (start,) = values_of(gm, of.arguments, stream.entries[:1])
+    assert torch.equal(start, inputs["image" if image_out else "text"])
+
+
+def test_refiners_beside_the_stream_are_outside() -> None:
+    """More of them than there are blocks, and on longer text."""
+
+    def run(self: Any, image: Tensor, text: Tensor) -> Tensor:
+        for refiner in self.refiners:
+            text = refiner(text)
+        for block in self.blocks:
+            image, _ = block(image, text)
+        return image
+
+    model = Of(run, refiners=pairs(Block, 3), blocks=nn.ModuleList(Joint() for _ in range(2)))
+    graph = graph_of(model, image=text_tokens(WIDTH), text=image_tokens(WIDTH))
+    assert {block.path for block in find_blocks(graph)} == {*named("refiners", 3), *named("blocks", 2)}
+    assert paths(find_stream(graph)) == named("blocks", 2)

@@ -1,0 +1,107 @@
+"""What the statistics say, as a table, as a dict and as lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from denoising import PASSES, STEPS, Cut, build, compiled, generate, prompts, steps_of
+from torch import nn
+
+from paracompile import CacheStats, cache_stats, reset_cache
+from paracompile.report.cache_stats import Step, stats_of
+
+STATS = CacheStats(
+    {
+        "cond": (Step(False, None), Step(True, 0.0421), Step(False, 0.25)),
+        "unconditional": (Step(False, None),),
+    }
+)
+
+
+def test_the_table() -> None:
+    assert str(STATS).splitlines() == [
+        "slot           steps  hits  difference of each step (* hit)",
+        "cond               3     1  - 0.042* 0.250",
+        "unconditional      1     0  -",
+    ]
+    assert str(CacheStats({})) == "first block cache: no call yet"
+
+
+def test_numbers_and_the_dict() -> None:
+    assert (STATS.steps, STATS.hits) == (4, 1)
+    assert STATS.as_dict() == {
+        "cond": {"steps": 3, "hits": 1, "differences": [None, 0.0421, 0.25], "hit": [False, True, False]},
+        "unconditional": {"steps": 1, "hits": 0, "differences": [None], "hit": [False]},
+    }
+    assert json.loads(json.dumps(STATS.as_dict())) == STATS.as_dict()
+    assert (CacheStats({}).steps, CacheStats({}).hits, CacheStats({}).as_dict()) == (0, 0, {})
+
+
+def test_lines_of_json_are_appended(tmp_path: Path) -> None:
+    file = tmp_path / "cache.jsonl"
+    for _ in range(2):
+        STATS.append_to(file)
+    STATS.append_to(str(file))
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    once = [
+        {"slot": "cond", "step": 0, "hit": False, "difference": None},
+        {"slot": "cond", "step": 1, "hit": True, "difference": 0.0421},
+        {"slot": "cond", "step": 2, "hit": False, "difference": 0.25},
+        {"slot": "unconditional", "step": 0, "hit": False, "difference": None},
+    ]
+    assert lines == 3 * once
+
+
+def record(number: int, ratio: float = 0.1, hit: float = 0.0) -> torch.Tensor:
+    """Ratio, hit, streak, computed, steps, and a time with its direction."""
+    return torch.tensor([ratio, hit, 0.0, 1.0, float(number), 0.5, -1.0])
+
+
+def test_records_before_the_last_first_step_are_of_another_generation() -> None:
+    history = {"cond": [record(1), record(2), record(1, math.nan), record(2, 0.5, 1.0), record(3, math.inf)]}
+    assert stats_of([history]).slots == {"cond": (Step(False, None), Step(True, 0.5), Step(False, None))}
+
+
+def test_pieces_of_a_model_are_told_apart() -> None:
+    stats = stats_of([{"cond": [record(1)]}, {"cond": [record(1), record(2)], "uncond": [record(1)]}])
+    assert {name: len(steps) for name, steps in stats.slots.items()} == {"cond": 1, "cond (1)": 2, "uncond": 1}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch._dynamo.reset()
+    return compiled(build("wan"), max_consecutive_hits=1)
+
+
+def test_of_a_model(model: nn.Module) -> None:
+    generate(model, prompts("wan"), naming="diffusers")
+    stats = cache_stats(model)
+    pattern = [False, True, False, True, False]
+    assert {name: [step.hit for step in steps] for name, steps in stats.slots.items()} == dict.fromkeys(PASSES, pattern)
+    assert (stats.steps, stats.hits) == (2 * STEPS, 4)
+    for steps in stats.slots.values():
+        assert steps[0].difference is None
+        assert all(step.difference is not None and 0 < step.difference < 10 for step in steps[1:])
+    assert cache_stats(model) == stats  # asking changes nothing
+
+
+def test_they_stay_readable_until_the_next_call(model: nn.Module) -> None:
+    generate(model, prompts("wan"), naming="diffusers", steps=3)
+    before = cache_stats(model)
+    reset_cache(model)
+    assert cache_stats(model) == before
+    next(steps_of(model, prompts("wan"), naming="paracompile"))
+    assert {name: len(steps) for name, steps in cache_stats(model).slots.items()} == {"cond": 1, "uncond": 1}
+
+
+def test_of_a_generation_that_is_cut_off_what_it_did(model: nn.Module) -> None:
+    reset_cache(model)
+    with pytest.raises(Cut):
+        generate(model, prompts("wan"), naming="paracompile", cut=(2, "uncond"))
+    assert {name: len(steps) for name, steps in cache_stats(model).slots.items()} == {"cond": 3, "uncond": 2}
+    generate(model, prompts("wan"), naming="paracompile", steps=4)
+    assert {name: len(steps) for name, steps in cache_stats(model).slots.items()} == {"cond": 4, "uncond": 4}

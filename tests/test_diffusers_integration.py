@@ -1,0 +1,405 @@
+"""diffusers' own pipelines, small: generations start clean and passes are told apart without the user's help."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from denoising import ALWAYS, PASSES, Cut, build, compiled, generate, prompts, slots_of
+from diffusers import (
+    AutoencoderKL,
+    CacheMixin,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from families import draw, randomise
+from torch import Tensor, nn
+
+from paracompile import cache_stats, set_rdt
+from paracompile.integrations.diffusers import listen
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from tiny_pipeline import CLIP_WIDTH, T5_WIDTH, build_flux_pipeline
+
+STEPS = 5
+SIDE = 64
+OPTIONS: dict[str, Any] = {"max_consecutive_hits": 2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline, and how to call it.
+
+    attributes:
+        build: makes it, with the transformer not compiled.
+        embeds: the prompts of a seed, as tensors.
+        extra: further arguments.
+        slots: the hits of each slot.
+    """
+
+    build: Callable[[], Any]
+    embeds: Callable[[int], dict[str, Tensor]]
+    extra: dict[str, Any]
+    slots: dict[str, list[bool]]
+
+
+def _flux(kind: type[Any] | None = None) -> Any:
+    pipeline = build_flux_pipeline()
+    return pipeline if kind is None else kind(**pipeline.components)
+
+
+def _flux_embeds(seed: int) -> dict[str, Tensor]:
+    return {
+        "prompt_embeds": draw(1, 12, T5_WIDTH, seed=seed),
+        "pooled_prompt_embeds": draw(1, CLIP_WIDTH, seed=seed + 1),
+        "negative_prompt_embeds": draw(1, 12, T5_WIDTH, seed=seed + 2),
+        "negative_pooled_prompt_embeds": draw(1, CLIP_WIDTH, seed=seed + 3),
+    }
+
+
+def _stable_diffusion_3() -> Any:
+    transformer = SD3Transformer2DModel(
+        sample_size=SIDE // 8,
+        patch_size=2,
+        in_channels=16,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=28,
+        caption_projection_dim=64,
+        pooled_projection_dim=36,
+        out_channels=16,
+        pos_embed_max_size=24,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+    )
+    nothing = dict.fromkeys(
+        ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"]
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return StableDiffusion3Pipeline(transformer=randomise(transformer), scheduler=scheduler, vae=vae, **nothing)
+
+
+def _stable_diffusion_3_embeds(seed: int) -> dict[str, Tensor]:
+    return {
+        "prompt_embeds": draw(1, 12, 28, seed=seed),
+        "pooled_prompt_embeds": draw(1, 36, seed=seed + 1),
+        "negative_prompt_embeds": draw(1, 12, 28, seed=seed + 2),
+        "negative_pooled_prompt_embeds": draw(1, 36, seed=seed + 3),
+    }
+
+
+def _wan() -> Any:
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=4,
+        attention_head_dim=18,
+        in_channels=16,
+        out_channels=16,
+        text_dim=28,
+        freq_dim=32,
+        ffn_dim=104,
+        num_layers=3,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return WanPipeline(
+        transformer=randomise(transformer), scheduler=scheduler, vae=None, text_encoder=None, tokenizer=None
+    )
+
+
+def _wan_embeds(seed: int) -> dict[str, Tensor]:
+    return {
+        "prompt_embeds": draw(1, 12, 28, seed=seed),
+        "negative_prompt_embeds": draw(1, 12, 28, seed=seed + 1),
+    }
+
+
+PICTURE = torch.sigmoid(draw(1, 3, SIDE, SIDE, seed=5))
+MASK = (draw(1, 1, SIDE, SIDE, seed=6) > 0).float()
+NAMED, UNNAMED = [False, True, True, False, True], [False, False, True, True, False]
+
+CASES = {
+    "FLUX": Case(_flux, _flux_embeds, {"true_cfg_scale": 2.0}, dict.fromkeys(PASSES, NAMED)),
+    "FLUX img2img": Case(
+        lambda: _flux(FluxImg2ImgPipeline),
+        _flux_embeds,
+        {"true_cfg_scale": 2.0, "image": PICTURE, "strength": 1.0},
+        {"call 1": UNNAMED, "call 2": UNNAMED},
+    ),
+    "FLUX inpaint": Case(
+        lambda: _flux(FluxInpaintPipeline),
+        _flux_embeds,
+        {"true_cfg_scale": 2.0, "image": PICTURE, "mask_image": MASK, "strength": 1.0},
+        {"call 1": UNNAMED, "call 2": UNNAMED},
+    ),
+    "Stable Diffusion 3": Case(
+        _stable_diffusion_3, _stable_diffusion_3_embeds, {"guidance_scale": 4.0}, {"call 1": UNNAMED}
+    ),
+    "Wan": Case(_wan, _wan_embeds, {"guidance_scale": 4.0, "num_frames": 9}, dict.fromkeys(PASSES, NAMED)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_compiled() -> None:
+    """Instead of the one for all tests: the tests of a pipeline share its graph."""
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    if not request.param.startswith("FLUX"):  # these share one model
+        torch._dynamo.reset()
+    return CASES[request.param]
+
+
+@cache
+def _plain(build: Callable[[], Any]) -> Any:
+    return build()
+
+
+def fresh(case: Case) -> Any:
+    """A pipeline whose transformer was never called; what is compiled for one is used by all."""
+    plain = _plain(case.build)
+    pipeline = copy.copy(plain)
+    pipeline.transformer = compiled(copy.deepcopy(plain.transformer), **OPTIONS)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def run(case: Case, pipeline: Any, embeds: dict[str, Tensor], seed: int, **more: Any) -> Tensor:
+    size = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS, "output_type": "latent"}
+    given = {**size, **case.extra, **embeds, **more}
+    result = pipeline(generator=torch.Generator().manual_seed(seed), **given)
+    latents: Tensor = result[0]
+    return latents
+
+
+def alone(case: Case, seed: int) -> Tensor:
+    return run(case, fresh(case), case.embeds(seed), seed)
+
+
+def hits(pipeline: Any) -> dict[str, list[bool]]:
+    stats = cache_stats(pipeline.transformer)
+    return {name: [step.hit for step in steps] for name, steps in stats.slots.items()}
+
+
+def test_steps_are_skipped_in_the_slots_that_one_expects(case: Case) -> None:
+    pipeline = fresh(case)
+    cached = run(case, pipeline, case.embeds(1), 1)
+    assert hits(pipeline) == case.slots
+    set_rdt(pipeline.transformer, 0)
+    computed = run(case, pipeline, case.embeds(1), 1)
+    assert cache_stats(pipeline.transformer).hits == 0
+    assert (cached - computed).abs().max() > 1e-3 * computed.abs().max()
+
+
+def test_two_prompts_one_after_the_other(case: Case) -> None:
+    pipeline = fresh(case)
+    for seed in (1, 2, 1):
+        assert torch.equal(run(case, pipeline, case.embeds(seed), seed), alone(case, seed))
+        assert hits(pipeline) == case.slots
+
+
+def test_one_prompt_s_very_tensors_for_two_images(case: Case) -> None:
+    pipeline, embeds = fresh(case), case.embeds(1)
+    run(case, pipeline, embeds, 3)
+    assert torch.equal(run(case, pipeline, embeds, 1), alone(case, 1))
+    assert hits(pipeline) == case.slots
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_after_a_callback_that_raised(case: Case, step: int) -> None:
+    def stop(owner: Any, index: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if index == step:
+            raise Cut
+        return values
+
+    pipeline, embeds = fresh(case), case.embeds(1)
+    with pytest.raises(Cut):
+        run(case, pipeline, embeds, 2, callback_on_step_end=stop)
+    assert {len(steps) for steps in hits(pipeline).values()} == {step + 1}
+    assert torch.equal(run(case, pipeline, embeds, 1), alone(case, 1))
+    assert hits(pipeline) == case.slots
+
+
+def test_after_a_warm_up_of_one_step(case: Case) -> None:
+    pipeline, embeds = fresh(case), case.embeds(1)
+    run(case, pipeline, embeds, 2, num_inference_steps=1)
+    assert torch.equal(run(case, pipeline, embeds, 1), alone(case, 1))
+    assert hits(pipeline) == case.slots
+
+
+def test_state_is_gone_at_the_end_where_the_pipeline_says_so(case: Case) -> None:
+    pipeline = fresh(case)
+    run(case, pipeline, case.embeds(1), 1, num_inference_steps=3)
+    ends = isinstance(pipeline.transformer._orig_mod, CacheMixin)
+    assert (slots_of(pipeline.transformer) == []) == ends
+
+
+def test_a_prompt_of_words_and_less_noise() -> None:
+    """img2img starts in the middle of the times; the prompts are encoded anew at each call."""
+    case = CASES["FLUX img2img"]
+    pipeline = fresh(case)
+
+    def picture(of: Any, words: str) -> Tensor:
+        given = {"prompt": words, "negative_prompt": "green", "max_sequence_length": 12, "strength": 0.6}
+        return run(case, of, {}, 1, **given)
+
+    found = [picture(pipeline, words) for words in ("a red circle", "a blue square", "a red circle")]
+    expected = [picture(fresh(case), words) for words in ("a red circle", "a blue square")]
+    for one, other in zip(found, [*expected, expected[0]], strict=True):
+        assert torch.equal(one, other)
+    assert hits(pipeline) == {"call 1": [False, False, True], "call 2": [False, False, True]}
+
+
+# What is listened to
+
+
+def _depth(function: Any) -> int:
+    return 1 + _depth(function.__wrapped__) if hasattr(function, "__wrapped__") else 0
+
+
+def test_listening_twice_is_listening_once() -> None:
+    methods = [vars(CacheMixin)["_reset_stateful_cache"], vars(DiffusionPipeline)["progress_bar"]]
+    depths = [_depth(method) for method in methods]
+    listen()
+    assert [vars(CacheMixin)["_reset_stateful_cache"], vars(DiffusionPipeline)["progress_bar"]] == methods
+    assert [_depth(method) for method in methods] == depths
+
+
+LATE = """
+import sys, torch
+import paracompile.backend
+assert "diffusers" not in sys.modules
+from diffusers import CacheMixin
+assert not hasattr(CacheMixin.cache_context, "_paracompile_listens")
+torch.compile(torch.nn.Linear(2, 2), backend="paracompile", options={"compiler": "eager"})(torch.ones(2))
+assert hasattr(CacheMixin.cache_context, "_paracompile_listens")
+"""
+
+
+def test_diffusers_may_be_imported_after_the_backend() -> None:
+    subprocess.run([sys.executable, "-c", LATE], check=True, capture_output=True)
+
+
+class Own(DiffusionPipeline):
+    """A pipeline of one's own, whose `components` raise: not all that it takes is registered."""
+
+    def __init__(self, transformer: nn.Module, note: str) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer)
+
+
+def test_a_progress_bar_ends_the_generation_of_the_pipeline_s_models_only() -> None:
+    torch._dynamo.reset()
+    inside, outside = compiled(build("wan"), **OPTIONS), compiled(build("wan"), **OPTIONS)
+    pipeline = Own(inside._orig_mod, "note")
+    with pytest.raises(ValueError, match="incorrectly"):
+        _ = pipeline.components
+    for model in (inside, outside):
+        generate(model, prompts("wan"), steps=2)
+    assert pipeline.set_progress_bar_config(disable=True) is None
+    with pipeline.progress_bar(total=1):
+        assert slots_of(inside) == []
+        assert len(slots_of(outside)) == 2
+    assert list(pipeline.progress_bar([1, 2])) == [1, 2]
+
+
+def test_a_progress_bar_of_modular_blocks_ends_every_generation() -> None:
+    from diffusers.modular_pipelines.modular_pipeline import LoopSequentialPipelineBlocks
+
+    torch._dynamo.reset()
+    model = compiled(build("wan"), rdt=ALWAYS)
+    generate(model, prompts("wan"), steps=2)
+    with LoopSequentialPipelineBlocks().progress_bar(total=1):
+        assert slots_of(model) == []
+
+
+# Where a progress bar does not begin the loop of calls, times tell generations apart, or nothing is denoised.
+WITHOUT_BAR = {
+    "pipelines/anyflow/pipeline_anyflow_far.py",  # a bar of its own for each part of a video
+    "pipelines/deprecated/unidiffuser/modeling_text_decoder.py",  # a text model
+    "pipelines/glm_image/pipeline_glm_image.py",  # pictures to edit are encoded before the loop
+    "pipelines/ltx2/pipeline_ltx2_dfr.py",  # the bar begins before the function with the loop is called
+    "pipelines/ltx2/pipeline_ltx2_dfr_temporal_refine.py",
+    "modular_pipelines/helios/denoise.py",  # a loop over parts of a video, whose inner loops have bars of tqdm
+    "modular_pipelines/wan_animate_2/denoise.py",
+}
+CALLED = {
+    "pipelines": {"transformer", "transformer_2", "current_model", "denoiser_model"},
+    "modular_pipelines": {"loop_step"},
+}
+
+
+def _name(function: ast.expr) -> str:
+    return getattr(function, "attr", getattr(function, "id", ""))
+
+
+def _calls(node: ast.AST, names: set[str], loops: bool = False, bar: bool = False) -> Iterator[bool]:
+    """For each call in a loop of one of these names: whether a progress bar begins a loop or block around it."""
+    heads = [node.iter] if isinstance(node, ast.For) else [item.context_expr for item in getattr(node, "items", [])]
+    loops = loops or isinstance(node, (ast.For, ast.While))
+    bar = bar or any(
+        isinstance(inner, ast.Call) and _name(inner.func) == "progress_bar"
+        for head in heads
+        for inner in ast.walk(head)
+    )
+    if loops and isinstance(node, ast.Call) and _name(node.func) in names:
+        yield bar
+    for child in ast.iter_child_nodes(node):
+        yield from _calls(child, names, loops, bar)
+
+
+def _sources(folder: str) -> Iterator[tuple[str, str]]:
+    """The files of one of diffusers' folders: path and text."""
+    found = importlib.util.find_spec("diffusers")
+    assert found is not None
+    assert found.origin is not None
+    root = Path(found.origin).parent
+    for file in (root / folder).rglob("*.py"):
+        yield file.relative_to(root).as_posix(), file.read_text(encoding="utf-8")
+
+
+def test_every_loop_of_diffusers_begins_with_a_progress_bar() -> None:
+    """But those named above, all of which still exist."""
+    found = {
+        path: list(_calls(ast.parse(text), names))
+        for folder, names in CALLED.items()
+        for path, text in _sources(folder)
+        if any(f"{name}(" in text for name in names)
+    }
+    assert sum(map(len, found.values())) > 150
+    assert {path for path, bars in found.items() if not all(bars)} == WITHOUT_BAR
+
+
+def test_no_pipeline_has_a_progress_bar_that_is_not_heard() -> None:
+    """Combined pipelines have one that only calls that of the pipeline inside; Marigold's models are UNets."""
+    own = {path for folder in CALLED for path, text in _sources(folder) if "def progress_bar(" in text}
+    relaying = {path for path, text in _sources("pipelines") if "pipe.progress_bar(iterable" in text}
+    heard = {"pipelines/pipeline_utils.py", "modular_pipelines/modular_pipeline.py"}
+    assert heard < own
+    assert {path for path in own - relaying - heard if "/marigold/" not in path} == set()
