@@ -37,12 +37,11 @@ CASES: list[tuple[str, dict[str, int], dict[str, Any]]] = [
     *((family, {"ulysses": 2}, {}) for family in ALL_FAMILIES),
     ("ltx_video", {"ring": 2}, {}),
     ("wan", {"ring": 2}, {}),
-    ("qwen_image", {"ring": 2, "ulysses": 2}, {}),
     ("ltx_video", {"batch": 2, "ulysses": 2}, {}),
     ("flux", {"ulysses": 2}, UNEVEN["flux"]),
-    ("flux", {"ulysses": 3}, NO_TOKEN),
 ]
 FULL: list[tuple[str, dict[str, int], dict[str, Any]]] = [
+    ("flux", {"ulysses": 3}, NO_TOKEN),
     ("wan", {"ring": 2}, UNEVEN["wan"]),
     *((family, mesh, {}) for family in ALL_FAMILIES for mesh in ({"ring": 2}, {"ring": 2, "ulysses": 2})),
     *((family, {"batch": 2}, {"batch": 2}) for family in ALL_FAMILIES),

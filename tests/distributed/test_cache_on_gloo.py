@@ -67,6 +67,7 @@ def on_a_mesh(rank: int) -> tuple[Tensor, Hits, list[float | None]]:
     return generate(model, prompts("wan", seed=1), naming="diffusers"), hits(model), differences(model)
 
 
+@pytest.mark.full
 def test_four_ranks_on_two_axes(four_ranks: Pool) -> None:
     expected, skipped, _, _ = whole(0, "wan", "diffusers", SKIPPING)
     results = four_ranks.run(on_a_mesh)
