@@ -29,13 +29,11 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from families import draw, randomise
+from tiny_pipeline import CLIP_WIDTH, T5_WIDTH, build_flux_pipeline
 from torch import Tensor, nn
 
 from paracompile import cache_stats, set_rdt
 from paracompile.integrations.diffusers import listen
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from tiny_pipeline import CLIP_WIDTH, T5_WIDTH, build_flux_pipeline
 
 STEPS = 5
 SIDE = 64
