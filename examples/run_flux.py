@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw, ImageFont
 import paracompile
 
 EMBEDDED = Path(__file__).parent / "tiny_flux"
-PROMPT = "a large red circle on a blue background"
+PROMPT = "a large red circle on a blue background in the middle"
 SHOWN = 240  # pixels that a picture is shown at, at least
 
 
