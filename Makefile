@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help venv run test test-all lint format clean
 
 help:
-	@echo 'make run        a small FluxPipeline, plainly and sharded over $(RANKS) ranks on this CPU'
+	@echo 'make run        a small FluxPipeline on this CPU: plainly, over $(RANKS) ranks, and with blocks skipped'
 	@echo 'make test       the tests'
 	@echo 'make test-all   the tests and the long matrix'
 	@echo 'make lint       ruff and mypy'

@@ -133,7 +133,7 @@ def join_ranks(device_type: str) -> Ranks:
 
 def load_pipeline(model: str | None, ranks: Ranks) -> FluxPipeline:
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    return FluxPipeline.from_pretrained(model or EMBEDDED, torch_dtype=dtype).to(ranks.device)
+    return FluxPipeline.from_pretrained(model or EMBEDDED, dtype=dtype).to(ranks.device)
 
 
 def generate(pipeline: FluxPipeline, ranks: Ranks, name: str, seed: int, **arguments: Any) -> Run:
