@@ -52,7 +52,7 @@ class Options:
     """The first block cache skips so often in a row at most; None: no limit."""
 
     downsample_factor: int = 1
-    """The first block cache compares every so-manieth channel of the residual only."""
+    """The first block cache compares only every n-th channel of the residual."""
 
     taylor_order: int = 0
     """What stands for skipped blocks: 0 what they added when they were last computed; 1, 2 its extrapolation over the

@@ -18,7 +18,7 @@ KNOBS: dict[str, str] = {
     "rdt": "thresholds: skip blocks where the first block's residual changed less; changed without a compile",
     "warmup_steps": "first steps of each picture that are computed",
     "max_consecutive_hits": "skipped steps in a row at most (none: no limit)",
-    "downsample_factor": "compare every so-manieth channel of the residual only",
+    "downsample_factor": "compare only every n-th channel of the residual",
     "taylor_order": "what stands for skipped blocks: 0 the last residual; 1, 2 its extrapolation",
     "first_blocks": "blocks at the front that are always computed, and decide",
     "last_blocks": "blocks at the end that are always computed",
