@@ -124,16 +124,17 @@ def paracompile(
         source=ranks.members[0] if ranks.members else 0,
         names=tuple(node.name for _, node in _placeholders(gm) if not _is_static(node)),
     )
-    for layout in layouts:
-        return CachedCall(
-            compiled,
-            prepare=lambda args: flatten_inputs(agree(args), flat),
-            like=_state_like(layout),
-            threshold=threshold,
-            static=tuple(index for index, node in _placeholders(gm) if _is_static(node)),
-            signs=_signs(gm, layout),
-        )
-    return lambda *args: compiled(*agree(args))
+    if not layouts:
+        return lambda *args: compiled(*agree(args))
+    (layout,) = layouts
+    return CachedCall(
+        compiled,
+        prepare=lambda args: flatten_inputs(agree(args), flat),
+        like=_state_like(layout),
+        threshold=threshold,
+        static=tuple(index for index, node in _placeholders(gm) if _is_static(node)),
+        signs=_signs(gm, layout),
+    )
 
 
 _NO_BLOCKS = (

@@ -164,7 +164,8 @@ class CachedCall:
         try:
             *outputs, record = self.compiled(*self.prepare(args), control, slot.record, *slot.state)
         except BaseException:
-            self._slots(model).remove(slot)  # some of its state may be written, and some not
+            slots = self._slots(model)  # by now perhaps without it: a generation may have ended within the call
+            slots[:] = [other for other in slots if other is not slot]  # some of its state may be written, some not
             raise
         model.remember(slot, record)
         return tuple(outputs)
