@@ -18,9 +18,10 @@ from paracompile.errors import ParacompileError
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 from paracompile.passes.attention_on_shards import Lengths, attention_on_shards, local_lengths
+from paracompile.passes.cache_decision import CacheRules
 from paracompile.passes.context_parallel import batch_parallel, context_parallel
 from paracompile.passes.drop_masked_keys import drop_masked_keys
-from paracompile.passes.first_block_cache import CacheLayout, CacheRules, first_block_cache
+from paracompile.passes.first_block_cache import CacheLayout, first_block_cache
 from paracompile.passes.mark_blocks import Skipped, mark_blocks
 from paracompile.passes.normalise import normalise
 from paracompile.passes.schedule import schedule

@@ -37,39 +37,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from paracompile.errors import GraphError
 from paracompile.layout.graph import is_tensor
 from paracompile.mesh import Ranks
+from paracompile.passes.cache_decision import (
+    CacheRules,
+    Clock,
+    Decision,
+    Record,
+    as_float,
+    residual_of,
+    sum_of_sizes,
+)
 from paracompile.passes.mark_blocks import Skipped, part_of, roles_of
 from paracompile.passes.writer import GraphWriter
 
-__all__ = ["COMPUTE", "COND", "REUSE", "CacheLayout", "CacheRules", "Record", "first_block_cache"]
+__all__ = ["COMPUTE", "COND", "REUSE", "CacheLayout", "first_block_cache"]
 
 aten = torch.ops.aten
-c10d = torch.ops._c10d_functional
 
 COND = torch.ops.higher_order.cond
 REUSE, COMPUTE = "reuse", "compute"
 """The names of the two branches, submodules of the graph."""
 
 _AUTOCAST = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
-
-
-@dataclass(frozen=True)
-class CacheRules:
-    """When blocks are skipped, and what stands for them; see the options of the same names."""
-
-    warmup_steps: int = 0
-    max_consecutive_hits: int | None = None
-    downsample_factor: int = 1
-    taylor_order: int = 0
-
-
-class Record:
-    """The places of the numbers in a record; times and their directions follow."""
-
-    RATIO, HIT, STREAK, COMPUTED, STEPS, TIMES = range(6)
-
-    @staticmethod
-    def length(times: int) -> int:
-        return Record.TIMES + 2 * times
 
 
 @dataclass(frozen=True)
@@ -153,13 +141,21 @@ class _Writer:
         with self.graph.inserting_after(middle[-1]):
             anchor = self.graph.call_function(operator.add, (0, 0))  # what follows is written before it
         with self.graph.inserting_before(anchor):
-            hit, clock = self._decide(before, after)
+            decision = Decision(
+                self.write,
+                self.rules,
+                self.ranks,
+                control=self.control,
+                record=self.record,
+                previous=self.previous,
+                times=[self._placeholder(index) for index in self.skipped.times],
+            )
+            hit, clock = decision.hit(before, after), decision.clock
             shared = {**operands, clock.computed: None, clock.distance: None}
             compute = self._branch(list(shared), lambda write, place: self._compute(write, place, middle, kept, clock))
             reuse = self._branch(list(shared), lambda write, place: self._reuse(write, place, kept, clock))
             outputs = self._conditional(hit, reuse, compute, list(shared))
-            fine = outputs[-1]
-            record = self._new_record(hit, fine, clock)
+            record = decision.new_record(hit, fine=outputs[-1])
         self.graph.erase_node(anchor)
         for value, output in zip(kept, outputs, strict=False):
             value.leave.replace_all_uses_with(output)
@@ -302,108 +298,6 @@ class _Writer:
         (output,) = self.graph.find_nodes(op="output")
         output.args = ((*output.args[0], record),)
 
-    # The decision
-
-    def _decide(self, before: fx.Node, after: fx.Node) -> tuple[fx.Node, _Clock]:
-        """Whether to skip: one boolean, the same on all ranks."""
-        write = self.write
-        clock = self._clock()
-        residual = self._subsampled_residual(write, before, after)
-        change = _sum_of_sizes(write, write(aten.sub.Tensor, _float(write, residual), _float(write, self.previous)))
-        size = _sum_of_sizes(write, _float(write, self.previous))
-        threshold = write(aten.select.int, self.control, 0, 0)
-        allowed = write(aten.logical_and.default, clock.continues, write(aten.gt.Scalar, threshold, 0))
-        steps = write(aten.ge.Scalar, clock.steps, self.rules.warmup_steps)
-        allowed = write(aten.logical_and.default, allowed, steps)
-        if self.rules.max_consecutive_hits is not None:
-            few = write(aten.lt.Scalar, clock.streak, self.rules.max_consecutive_hits)
-            allowed = write(aten.logical_and.default, allowed, few)
-        refusals = _float(write, write(aten.logical_not.default, allowed))
-        facts = write(aten.stack.default, [change, size, threshold, refusals])
-        if self.ranks.size > 1:
-            facts = write(c10d.all_reduce.default, facts, "sum", self.ranks.group)
-            facts = write(c10d.wait_tensor.default, facts)
-        change, size, threshold, refusals = (write(aten.select.int, facts, 0, place) for place in range(4))
-        limit = write(aten.mul.Tensor, write(aten.div.Scalar, threshold, self.ranks.size), size)
-        small = write(aten.lt.Tensor, change, limit)  # false where either is not a number
-        hit = write(aten.logical_and.default, small, write(aten.eq.Scalar, refusals, 0))
-        self.ratio = write(aten.div.Tensor, change, size)
-        return hit, clock
-
-    def _subsampled_residual(self, write: GraphWriter, before: fx.Node, after: fx.Node) -> fx.Node:
-        values = [before, after]
-        if self.rules.downsample_factor > 1:
-            end = torch.iinfo(torch.int64).max
-            values = [write(aten.slice.Tensor, value, -1, 0, end, self.rules.downsample_factor) for value in values]
-        return write(aten.sub.Tensor, values[1], values[0])
-
-    def _clock(self) -> _Clock:
-        """Where in a generation this call is, told from its times: a generation goes one way through them."""
-        write = self.write
-        entry = {
-            name: write(aten.select.int, self.record, 0, place)
-            for name, place in (("streak", Record.STREAK), ("computed", Record.COMPUTED), ("steps", Record.STEPS))
-        }
-        started = write(aten.gt.Scalar, entry["steps"], 0)
-        direction = None
-        times = self._times()
-        continues = started
-        if times is not None:
-            count = times.meta["val"].numel()
-            last = write(aten.slice.Tensor, self.record, 0, Record.TIMES, Record.TIMES + count)
-            before = write(aten.slice.Tensor, self.record, 0, Record.TIMES + count, Record.TIMES + 2 * count)
-            step = write(aten.sign.default, write(aten.sub.Tensor, times, last))
-            still = write(aten.eq.Scalar, step, 0)
-            free = write(aten.logical_or.default, still, write(aten.eq.Scalar, before, 0))
-            onward = write(aten.logical_or.default, free, write(aten.eq.Tensor, step, before))
-            moved = write(aten.logical_not.default, write(aten.all.default, still))
-            continues = write(aten.logical_and.default, started, moved)
-            continues = write(aten.logical_and.default, continues, write(aten.all.default, onward))
-            direction = write(aten.where.self, still, before, step)
-            direction = write(aten.mul.Tensor, direction, _float(write, continues))
-        factor = _float(write, continues)
-        streak, computed, steps = (write(aten.mul.Tensor, entry[name], factor) for name in entry)
-        valid = write(aten.logical_and.default, continues, write(aten.gt.Scalar, computed, 0))
-        return _Clock(
-            continues=valid,
-            streak=streak,
-            computed=computed,
-            steps=steps,
-            distance=write(aten.add.Scalar, streak, 1),
-            times=times,
-            direction=direction,
-        )
-
-    def _times(self) -> fx.Node | None:
-        """All inputs that hold times, as one vector of float32."""
-        write = self.write
-        device = self.record.meta["val"].device
-        inputs = [self._placeholder(index) for index in self.skipped.times]
-        if not inputs:
-            return None
-        flat = [write(aten.reshape.default, node, [-1]) for node in inputs]
-        return write(
-            aten.cat.default, [write(aten._to_copy.default, x, dtype=torch.float32, device=device) for x in flat]
-        )
-
-    def _new_record(self, hit: fx.Node, fine: fx.Node, clock: _Clock) -> fx.Node:
-        write = self.write
-        hits = _float(write, hit)
-        streak = write(aten.mul.Tensor, clock.distance, hits)
-        computed = write(aten.mul.Tensor, write(aten.add.Scalar, clock.computed, 1), fine)
-        computed = write(aten.where.self, hit, clock.computed, computed)
-        # Two images in turn look like one first step after the other. Whose step comes next nobody can say, so it
-        # computes as well, and does so in every generation: none must depend on whether there was one before.
-        unnamed = write(aten.gt.Scalar, write(aten.select.int, self.control, 0, 1), 0)
-        doubt = write(aten.logical_and.default, unnamed, write(aten.eq.Scalar, clock.steps, 0))
-        computed = write(aten.masked_fill.Scalar, computed, doubt, 0)
-        ratio = write(aten.masked_fill.Scalar, self.ratio, write(aten.eq.Scalar, clock.computed, 0), float("nan"))
-        numbers = [ratio, hits, streak, computed, write(aten.add.Scalar, clock.steps, 1)]
-        record = write(aten.stack.default, numbers)
-        if clock.times is None or clock.direction is None:
-            return record
-        return write(aten.cat.default, [record, clock.times, clock.direction])
-
     # The two branches
 
     def _operands(
@@ -442,7 +336,7 @@ class _Writer:
         place: dict[fx.Node, fx.Node],
         middle: list[fx.Node],
         kept: list[_Kept],
-        clock: _Clock,
+        clock: Clock,
     ) -> list[fx.Node]:
         """The blocks themselves; stores what they add, and says whether all of it is finite."""
         before, after = (place[node] for node in self._residual())
@@ -451,14 +345,14 @@ class _Writer:
                 if source.op == "get_attr" and source not in place:
                     place[source] = write.graph.node_copy(source)
             place[node] = write.graph.node_copy(node, place.__getitem__)
-        residual = self._subsampled_residual(write, before, after)
+        residual = residual_of(write, before, after, self.rules)
         changes = [(place[self.previous], residual)]
-        sizes = [_sum_of_sizes(write, _float(write, residual))]
+        sizes = [sum_of_sizes(write, as_float(write, residual))]
         outputs = []
         for value in kept:
             leave = place[value.leave]
             added = leave if value.enter is None else write(aten.sub.Tensor, leave, place[value.enter])
-            sizes.append(_sum_of_sizes(write, _float(write, added)))
+            sizes.append(sum_of_sizes(write, as_float(write, added)))
             stored = [place[node] for node in self.stored[value.leave]]
             changes.append((stored[0], added))
             for order, old in enumerate(stored[1:], 1):
@@ -466,7 +360,7 @@ class _Writer:
                 changes.append((old, added))
             outputs.append(_contiguous(write, leave))
         total = write(aten.sum.default, write(aten.stack.default, sizes))
-        fine = _float(write, write(aten.isfinite.default, total))
+        fine = as_float(write, write(aten.isfinite.default, total))
         for old, new in changes:
             write(aten.copy_.default, old, new)
         return [*outputs, fine]
@@ -478,17 +372,17 @@ class _Writer:
         old: fx.Node,
         order: int,
         place: dict[fx.Node, fx.Node],
-        clock: _Clock,
+        clock: Clock,
     ) -> fx.Node:
         """The difference quotient of one order more; zero until so many steps were computed."""
-        change = write(aten.sub.Tensor, _float(write, new), _float(write, old))
+        change = write(aten.sub.Tensor, as_float(write, new), as_float(write, old))
         quotient = write(aten.div.Tensor, change, place[clock.distance])
         early = write(aten.lt.Scalar, place[clock.computed], order)
         quotient = write(aten.masked_fill.Scalar, quotient, early, 0)
         return write(aten._to_copy.default, quotient, dtype=new.meta["val"].dtype)
 
     def _reuse(
-        self, write: GraphWriter, place: dict[fx.Node, fx.Node], kept: list[_Kept], clock: _Clock
+        self, write: GraphWriter, place: dict[fx.Node, fx.Node], kept: list[_Kept], clock: Clock
     ) -> list[fx.Node]:
         """What the blocks added when they were last computed, or its extrapolation to this step."""
         outputs = []
@@ -499,10 +393,10 @@ class _Writer:
                 continue
             added = first
             if others:
-                added, power = _float(write, first), place[clock.distance]
+                added, power = as_float(write, first), place[clock.distance]
                 for order, other in enumerate(others, 1):
                     weight = write(aten.div.Scalar, power, factorial(order))
-                    term = write(aten.mul.Tensor, _float(write, other), weight)
+                    term = write(aten.mul.Tensor, as_float(write, other), weight)
                     added = write(aten.add.Tensor, added, term)
                     power = write(aten.mul.Tensor, power, place[clock.distance])
                 added = write(aten._to_copy.default, added, dtype=first.meta["val"].dtype)
@@ -524,28 +418,6 @@ class _Writer:
         return [self.write(operator.getitem, chosen, index) for index in range(len(output.args[0]))]
 
 
-@dataclass(frozen=True)
-class _Clock:
-    """Where in a generation a call is; numbers of shape ().
-
-    attributes:
-        continues: it follows a step of the same generation, of which something is stored.
-        streak: hits in a row before it.
-        computed: steps computed before it, since something was last found not finite.
-        steps: steps before it.
-        distance: steps since the last one that was computed.
-        times, direction: the times of this call and the way they go (-1, 0 for not known, 1); None without any.
-    """
-
-    continues: fx.Node
-    streak: fx.Node
-    computed: fx.Node
-    steps: fx.Node
-    distance: fx.Node
-    times: fx.Node | None
-    direction: fx.Node | None
-
-
 def _leaves(node: fx.Node, middle: set[fx.Node]) -> bool:
     return any(user not in middle for user in node.users)
 
@@ -564,16 +436,6 @@ def _ancestors(node: fx.Node, middle: set[fx.Node]) -> set[fx.Node]:
                 found.add(source)
                 waiting.append(source)
     return found
-
-
-def _float(write: GraphWriter, value: fx.Node) -> fx.Node:
-    if value.meta["val"].dtype is torch.float32:
-        return value
-    return write(aten._to_copy.default, value, dtype=torch.float32)
-
-
-def _sum_of_sizes(write: GraphWriter, value: fx.Node) -> fx.Node:
-    return write(aten.sum.default, write(aten.abs.default, value))
 
 
 def _contiguous(write: GraphWriter, value: fx.Node) -> fx.Node:

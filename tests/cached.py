@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from paracompile.mesh import Ranks
 from paracompile.passes import CacheLayout, CachePasses, CacheRules, pipeline, run_passes
-from paracompile.passes.first_block_cache import Record
+from paracompile.passes.cache_decision import Record
 
 ALWAYS, NEVER = 1e9, 0.0
 """Thresholds: skip whenever a step may be skipped; compute always."""

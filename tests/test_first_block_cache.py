@@ -20,7 +20,8 @@ from families import ALL_FAMILIES, Inputs
 from small_models import BATCH, IMAGE, WIDTH, Block, Denoiser, count, image_tokens, mesh_name, randomise
 from torch import Tensor, fx, nn
 
-from paracompile.passes.first_block_cache import COMPUTE, COND, REUSE, Record
+from paracompile.passes.cache_decision import Record
+from paracompile.passes.first_block_cache import COMPUTE, COND, REUSE
 
 ROUNDING = 1e-5
 """Of the largest value: what float32 may be off, after a few blocks."""

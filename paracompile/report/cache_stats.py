@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from paracompile.passes.first_block_cache import Record
+from paracompile.passes.cache_decision import Record
 
 
 @dataclass(frozen=True)
