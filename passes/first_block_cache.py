@@ -35,7 +35,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from paracompile.errors import GraphError
-from paracompile.layout.graph import is_tensor
+from paracompile.layout.graph import AUTOCAST_EDGES, is_tensor
 from paracompile.mesh import Ranks
 from paracompile.passes.cache_decision import (
     CacheRules,
@@ -56,8 +56,6 @@ aten = torch.ops.aten
 COND = torch.ops.higher_order.cond
 REUSE, COMPUTE = "reuse", "compute"
 """The names of the two branches, submodules of the graph."""
-
-_AUTOCAST = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,7 @@ class _Writer:
 
     def _check_types(self, node: fx.Node, middle: set[fx.Node]) -> None:
         """Autocast regions among skipped blocks stay there: a value outside its region could get another type."""
-        if any(inside.target in _AUTOCAST for inside in middle):
+        if any(inside.target in AUTOCAST_EDGES for inside in middle):
             raise GraphError(
                 node,
                 "it is read after the blocks that may be skipped, is no stream of them, and there are autocast regions "
@@ -211,7 +209,7 @@ class _Writer:
             reached = reached or part_of(node) == "middle"
             if not reached or node.op != "call_function" or node.target is operator.getitem or node in used:
                 continue
-            if node.target in _AUTOCAST:
+            if node.target in AUTOCAST_EDGES:
                 break  # before it a node may compute in another type
             readers = _readers(node)
             if part_of(node) == "front" and readers and all(part_of(reader) == "middle" for reader in readers):
@@ -244,7 +242,7 @@ class _Writer:
                 break
         anchor = middle[-1]
         for node in between:
-            if node.target in _AUTOCAST:
+            if node.target in AUTOCAST_EDGES:
                 raise GraphError(
                     node,
                     "an autocast region begins or ends between blocks that may be skipped together",

@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from paracompile.errors import GraphError, OptionError
-from paracompile.layout.graph import is_tensor
+from paracompile.layout.graph import AUTOCAST_EDGES, is_tensor
 from paracompile.patterns.blocks import Stream, find_stream, residual_source
 
 __all__ = ["Part", "Skipped", "mark_blocks", "part_of", "roles_of"]
@@ -37,7 +37,6 @@ Part = Literal["front", "middle", "back"]
 
 _ORDER: dict[Part, int] = {"front": 0, "middle": 1, "back": 2}
 _NARROWS = {aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default}
-_AUTOCAST = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def _parts(graph: fx.Graph, stream: Stream, first: int, end: int) -> dict[fx.Nod
             feeds_middle.add(node)
     parts: dict[fx.Node, Part] = {}
     for node in graph.nodes:
-        if node.op == "output" or (node.target in _AUTOCAST and node not in of_block):
+        if node.op == "output" or (node.target in AUTOCAST_EDGES and node not in of_block):
             continue
         latest: Part = max(
             (parts.get(source, "front") for source in node.all_input_nodes), key=_ORDER.__getitem__, default="front"

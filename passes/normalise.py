@@ -37,6 +37,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import preserve_node_meta
 
 from paracompile.errors import GraphError
+from paracompile.layout.graph import ENTER_AUTOCAST, EXIT_AUTOCAST
 
 aten = torch.ops.aten
 
@@ -137,11 +138,11 @@ class _Interpreter(fx.Interpreter):
         return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is torch.amp.autocast_mode._enter_autocast:
+        if target is ENTER_AUTOCAST:
             region = self.regions.enter_context(contextlib.ExitStack())
             region.enter_context(torch.autocast(*args))
             return region
-        if target is torch.amp.autocast_mode._exit_autocast:
+        if target is EXIT_AUTOCAST:
             return args[0].close()
         return super().call_function(target, args, kwargs)
 

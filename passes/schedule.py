@@ -29,13 +29,10 @@ from torch import fx
 from torch._ops import OpOverload
 
 import paracompile.runtime.kernels  # noqa: F401  (registers the operator of a ring's step)
+from paracompile.layout.graph import AUTOCAST_EDGES
 
 _RING_STEP = torch.ops.paracompile.attention_with_lse.default
-_EDGES = {
-    torch.amp.autocast_mode._enter_autocast,
-    torch.amp.autocast_mode._exit_autocast,
-    torch.ops.higher_order.cond,
-}
+_EDGES = AUTOCAST_EDGES | {torch.ops.higher_order.cond}
 
 
 def schedule(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:

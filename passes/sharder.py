@@ -20,14 +20,12 @@ from torch._ops import OpOverload
 
 from paracompile.errors import GraphError
 from paracompile.layout.factors import Factor, Local, Operand, Span
-from paracompile.layout.graph import Operation, Value, is_tensor, shape_of, value_of
+from paracompile.layout.graph import AUTOCAST_EDGES, ENTER_AUTOCAST, Operation, Value, is_tensor, shape_of, value_of
 from paracompile.layout.places import Attention
 from paracompile.layout.plan import Plan, Sharding
 from paracompile.mesh import Axis
 from paracompile.passes.tokens import all_tokens, own_tokens
 from paracompile.passes.writer import GraphWriter
-
-_AUTOCAST = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
 
 
 class Sharder:
@@ -91,7 +89,7 @@ class Sharder:
             self._results(operation, copied, self.whole)
         elif is_tensor(node):
             self.whole[value_of(node)] = copied
-        elif node.target in _AUTOCAST:
+        elif node.target in AUTOCAST_EDGES:
             self._autocast(node, open_regions)
 
     def _carry_roles(self, node: fx.Node) -> None:
@@ -105,7 +103,7 @@ class Sharder:
 
     def _autocast(self, node: fx.Node, open_regions: contextlib.ExitStack) -> None:
         """Enters or leaves an autocast region for real, so that what is written inside gets its types."""
-        if node.target is torch.amp.autocast_mode._enter_autocast:
+        if node.target is ENTER_AUTOCAST:
             self.regions[node] = open_regions.enter_context(contextlib.ExitStack())
             self.regions[node].enter_context(torch.autocast(*cast(Any, node.args)))
         else:

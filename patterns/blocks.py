@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from paracompile.errors import module_paths
-from paracompile.layout.graph import is_tensor, named_arguments
+from paracompile.layout.graph import ENTER_AUTOCAST, EXIT_AUTOCAST, is_tensor, named_arguments
 
 aten = torch.ops.aten
 
@@ -115,9 +115,9 @@ def _regions_in_blocks(graph: fx.Graph) -> dict[fx.Node, str]:
     found: dict[fx.Node, str] = {}
     opened: dict[fx.Node, set[str | None]] = {}
     for node in graph.nodes:
-        if node.target is torch.amp.autocast_mode._enter_autocast:
+        if node.target is ENTER_AUTOCAST:
             opened[node] = set()
-        elif node.target is torch.amp.autocast_mode._exit_autocast:
+        elif node.target is EXIT_AUTOCAST:
             (enter,) = node.all_input_nodes
             blocks = opened.pop(enter)
             block = blocks.pop() if len(blocks) == 1 else None

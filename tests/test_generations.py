@@ -197,17 +197,24 @@ PROCESS = """
 import sys, torch
 torch.set_num_threads(1)
 from test_generations import fresh, generate, prompts
-torch.save(generate(fresh("flux"), prompts("flux", seed=1)), sys.argv[1])
+family, file = sys.argv[1:]
+torch.save(generate(fresh(family), prompts(family, seed=1)), file)
 """
 
 
-def test_b_after_a_equals_b_alone_in_a_fresh_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [name if name == "flux" else pytest.param(name, marks=pytest.mark.full) for name in ALL_FAMILIES]
+)
+def test_b_after_a_equals_b_alone_in_a_fresh_process(tmp_path: Path, name: str) -> None:
     torch._dynamo.reset()
-    model, of = fresh("flux"), prompts("flux", seed=1)
-    generate(model, prompts("flux", seed=2))
+    model, of = fresh(name), prompts(name, seed=1)
+    generate(model, prompts(name, seed=2))
     with pytest.raises(Cut):
-        generate(model, prompts("flux", seed=3), cut=(2, "cond"))
+        generate(model, prompts(name, seed=3), cut=(2, "cond"))
     found = generate(model, of)
+    assert cache_stats(model).hits > 0
     file = tmp_path / "alone.pt"
-    subprocess.run([sys.executable, "-c", PROCESS, file], check=True, cwd=Path(__file__).parent, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", PROCESS, name, file], check=True, cwd=Path(__file__).parent, capture_output=True
+    )
     assert torch.equal(found, torch.load(file))

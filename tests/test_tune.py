@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -562,6 +562,19 @@ def test_a_setting_that_leaves_nothing_to_skip(
     said = error_of(arguments, capsys)
     assert f"error: rdt 0.1, first-blocks {BLOCKS}: paracompile option 'first_blocks' = {BLOCKS}" in said
     assert "none is left to skip" in said
+
+
+def test_a_transformer_without_repeated_blocks(
+    given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = FluxPipeline.from_pretrained(given.pipe)
+    config = dict(pipeline.transformer.config, num_layers=0, num_single_layers=0)
+    pipeline.transformer = FluxTransformer2DModel.from_config(config)
+    pipeline.save_pretrained(tmp_path / "pipe")
+    other = replace(given, pipe=tmp_path / "pipe")
+    with pytest.warns(UserWarning, match="no repeated blocks"):
+        said = error_of(other.arguments(tmp_path / "out", "--rdt", "0.1"), capsys)
+    assert "error: rdt 0.1: there are no blocks in FluxTransformer2DModel that the cache could skip" in said
 
 
 def test_another_run_does_not_go_into_the_same_folder(swept: Swept, capsys: pytest.CaptureFixture[str]) -> None:
