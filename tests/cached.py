@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from capture import Captured, Sharded, captured, shard
-from families import Inputs, draw
+from families import Inputs
 from lockstep import run_lockstep
+from random_tensors import draw
 from torch import Tensor, fx
 
 from paracompile.mesh import Ranks

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from families import ALL_FAMILIES, Inputs, draw
+from families import ALL_FAMILIES, Inputs
+from random_tensors import draw
 from torch import Tensor, nn
 
 from paracompile import cache_context

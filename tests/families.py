@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from random_tensors import draw, randomise
 from torch import nn
 
 Inputs = dict[str, Any]
@@ -30,25 +31,6 @@ class Family:
     build: Callable[[], tuple[nn.Module, Inputs]]
     self_attentions: int
     cross_attentions: int = 0
-
-
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Redraws every floating point parameter: std 1/sqrt(fan in), biases and scales too."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.is_floating_point():
-                continue
-            fan_in = parameter[0].numel() if parameter.dim() > 1 else parameter.numel()
-            values = torch.randn(parameter.shape, generator=generator) / fan_in**0.5
-            if parameter.dim() == 1:
-                values = 0.5 + values  # scales of norms near zero would mute what they scale
-            parameter.copy_(values.to(parameter.dtype))
-    return model.eval().requires_grad_(False)
-
-
-def draw(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def flux(heads: int = 4, image: tuple[int, int] = (6, 8), text: int = 12, batch: int = 3) -> tuple[nn.Module, Inputs]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from lockstep import run_lockstep
+from random_tensors import draw
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -71,10 +72,6 @@ class Sharded:
             for operation in self.plan.operations
             if flops_of(operation) and operation not in self.plan.cuts
         ]
-
-
-def draw(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def capture(
@@ -196,17 +193,6 @@ def targets(gm: fx.GraphModule) -> list[str]:
 
 def count(gm: fx.GraphModule) -> Counter[str]:
     return Counter(targets(gm))
-
-
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter random, std 1/sqrt(fan in)."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            values = torch.randn(parameter.shape, generator=generator)
-            fan_in = parameter[0].numel() if parameter.dim() > 1 else parameter.numel()
-            parameter.copy_(values / fan_in**0.5 + (parameter.dim() == 1) * 0.5)
-    return model.eval().requires_grad_(False)
 
 
 def heads(x: Tensor, number: int = HEADS) -> Tensor:

@@ -16,18 +16,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from small_models import (
-    BATCH,
-    IMAGE,
-    WIDTH,
-    SelfAttention,
-    Transformer,
-    capture,
-    close,
-    draw,
-    image_tokens,
-    randomise,
-)
+from random_tensors import draw, randomise
+from small_models import BATCH, IMAGE, WIDTH, SelfAttention, Transformer, capture, close, image_tokens
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import list_mode_options

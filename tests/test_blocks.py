@@ -10,7 +10,8 @@ import torch
 from by_hand import IMAGE_SECOND
 from capture import Captured, capture, captured
 from families import ALL_FAMILIES, Inputs
-from small_models import BATCH, IMAGE, TEXT, WIDTH, Block, Denoiser, Joint, image_tokens, randomise, text_tokens
+from random_tensors import randomise
+from small_models import BATCH, IMAGE, TEXT, WIDTH, Block, Denoiser, Joint, image_tokens, text_tokens
 from torch import Tensor, fx, nn
 
 from paracompile.mesh import Ranks

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from denoising import Cut, Prompts, build, compiled, generate, prompts, slots_of, steps_of
-from families import draw
-from small_models import image_tokens, randomise
+from random_tensors import draw, randomise
+from small_models import image_tokens
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 

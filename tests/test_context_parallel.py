@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from random_tensors import draw, randomise
 from small_models import (
     BATCH,
     HEADS,
@@ -23,13 +24,11 @@ from small_models import (
     assert_sharded,
     close,
     count,
-    draw,
     heads,
     image_tokens,
     merge,
     mesh_name,
     mesh_sizes,
-    randomise,
     shard,
     text_tokens,
 )

@@ -23,18 +23,19 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    FluxPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
-from families import draw, randomise
-from tiny_pipeline import CLIP_WIDTH, T5_WIDTH, build_flux_pipeline
+from random_tensors import draw, randomise
 from torch import Tensor, nn
 
 from paracompile import cache_stats, set_rdt
 from paracompile.integrations.diffusers import listen
 
+TINY_FLUX = Path(__file__).parents[1] / "examples" / "tiny_flux"
 STEPS = 5
 SIDE = 64
 OPTIONS: dict[str, Any] = {"max_consecutive_hits": 2}
@@ -57,17 +58,16 @@ class Case:
     slots: dict[str, list[bool]]
 
 
-def _flux(kind: type[Any] | None = None) -> Any:
-    pipeline = build_flux_pipeline()
-    return pipeline if kind is None else kind(**pipeline.components)
+def _flux(kind: type[Any]) -> Any:
+    return kind.from_pretrained(TINY_FLUX, torch_dtype=torch.float32)
 
 
 def _flux_embeds(seed: int) -> dict[str, Tensor]:
     return {
-        "prompt_embeds": draw(1, 12, T5_WIDTH, seed=seed),
-        "pooled_prompt_embeds": draw(1, CLIP_WIDTH, seed=seed + 1),
-        "negative_prompt_embeds": draw(1, 12, T5_WIDTH, seed=seed + 2),
-        "negative_pooled_prompt_embeds": draw(1, CLIP_WIDTH, seed=seed + 3),
+        "prompt_embeds": draw(1, 12, 64, seed=seed),
+        "pooled_prompt_embeds": draw(1, 64, seed=seed + 1),
+        "negative_prompt_embeds": draw(1, 12, 64, seed=seed + 2),
+        "negative_pooled_prompt_embeds": draw(1, 64, seed=seed + 3),
     }
 
 
@@ -142,7 +142,7 @@ MASK = (draw(1, 1, SIDE, SIDE, seed=6) > 0).float()
 NAMED, UNNAMED = [False, True, True, False, True], [False, False, True, True, False]
 
 CASES = {
-    "FLUX": Case(_flux, _flux_embeds, {"true_cfg_scale": 2.0}, dict.fromkeys(PASSES, NAMED)),
+    "FLUX": Case(lambda: _flux(FluxPipeline), _flux_embeds, {"true_cfg_scale": 2.0}, dict.fromkeys(PASSES, NAMED)),
     "FLUX img2img": Case(
         lambda: _flux(FluxImg2ImgPipeline),
         _flux_embeds,

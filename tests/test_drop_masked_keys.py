@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from random_tensors import draw, randomise
 from small_models import (
     BATCH,
     HEADS,
@@ -23,12 +24,10 @@ from small_models import (
     assert_sharded,
     close,
     count,
-    draw,
     heads,
     image_tokens,
     merge,
     mesh_name,
-    randomise,
     text_tokens,
 )
 from torch import Tensor, fx, nn

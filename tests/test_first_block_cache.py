@@ -17,7 +17,8 @@ from by_hand import ByHand
 from cached import ALWAYS, NEVER, CachedGraphs, Step, arguments_of, cached, cached_family, not_cached, step
 from capture import Captured, assert_equal, capture, captured, sharded
 from families import ALL_FAMILIES, Inputs
-from small_models import BATCH, IMAGE, WIDTH, Block, Denoiser, count, image_tokens, mesh_name, randomise
+from random_tensors import randomise
+from small_models import BATCH, IMAGE, WIDTH, Block, Denoiser, count, image_tokens, mesh_name
 from torch import Tensor, fx, nn
 
 from paracompile.passes.cache_decision import Record

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from random_tensors import draw, randomise
 from small_models import (
     BATCH,
     HEADS,
@@ -25,12 +26,10 @@ from small_models import (
     Sharded,
     Transformer,
     assert_sharded,
-    draw,
     heads,
     image_tokens,
     merge,
     normalised,
-    randomise,
 )
 from torch import Tensor, fx, nn
 

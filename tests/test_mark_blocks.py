@@ -12,7 +12,8 @@ from by_hand import ByHand
 from cached import ALWAYS, NEVER, CachedGraphs, cached
 from capture import Captured, assert_equal, capture, captured
 from families import Inputs
-from small_models import BATCH, IMAGE, WIDTH, Block, Denoiser, count, draw, image_tokens, randomise
+from random_tensors import draw, randomise
+from small_models import BATCH, IMAGE, WIDTH, Block, Denoiser, count, image_tokens
 from torch import Tensor, fx, nn
 
 from paracompile.errors import GraphError, OptionError, module_paths

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
+from random_tensors import draw, randomise
 from small_models import (
     BATCH,
     IMAGE,
@@ -21,10 +22,8 @@ from small_models import (
     capture,
     close,
     count,
-    draw,
     image_tokens,
     normalised,
-    randomise,
     shard,
     targets,
 )

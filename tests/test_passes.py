@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import WIDTH, Mesh, SelfAttention, capture, image_tokens, mesh_name, mesh_sizes, randomise
+from random_tensors import randomise
+from small_models import WIDTH, Mesh, SelfAttention, capture, image_tokens, mesh_name, mesh_sizes
 from torch import fx
 
 from paracompile.errors import ParacompileError

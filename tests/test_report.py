@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_tensors import draw, randomise
 from small_models import (
     BATCH,
     HEADS,
@@ -20,10 +21,8 @@ from small_models import (
     SelfAttention,
     Transformer,
     capture,
-    draw,
     image_tokens,
     mesh_name,
-    randomise,
     shard,
     text_tokens,
 )

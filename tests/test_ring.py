@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import WIDTH, assert_sharded, draw, heads, image_tokens
+from random_tensors import draw
+from small_models import WIDTH, assert_sharded, heads, image_tokens
 from small_models import merge as merge_heads
 from torch import Tensor
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lockstep import run_lockstep
+from random_tensors import draw, randomise
 from small_models import (
     IMAGE,
     WIDTH,
@@ -22,11 +23,9 @@ from small_models import (
     Transformer,
     capture,
     close,
-    draw,
     image_tokens,
     mesh_name,
     mesh_sizes,
-    randomise,
     text_tokens,
 )
 from torch import Tensor, fx, nn

@@ -24,8 +24,8 @@ from denoising import (
     slots_of,
     steps_of,
 )
-from families import draw
-from small_models import Transformer, image_tokens, randomise
+from random_tensors import draw, randomise
+from small_models import Transformer, image_tokens
 from torch import Tensor, nn
 
 from paracompile import OptionError, cache_context, cache_stats, reset_cache, set_rdt

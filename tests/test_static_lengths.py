@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from capture import assert_equal, captured, sharded_on
+from random_tensors import randomise
 from small_models import (
     BATCH,
     HEADS,
@@ -26,7 +27,6 @@ from small_models import (
     image_tokens,
     mesh_name,
     mesh_sizes,
-    randomise,
     text_tokens,
 )
 from torch import Tensor, fx, nn

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import ALL_FAMILIES, Inputs
-from small_models import BATCH, Denoiser, draw, image_tokens, randomise
+from random_tensors import draw, randomise
+from small_models import BATCH, Denoiser, image_tokens
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from denoising import STEPS, build, compiled, generate, prompts, steps_of
 from families import ALL_FAMILIES
-from small_models import Transformer, image_tokens, randomise
+from random_tensors import randomise
+from small_models import Transformer, image_tokens
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 

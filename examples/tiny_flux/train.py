@@ -9,10 +9,11 @@ that was never stopped: every batch is drawn from the seed and the number of its
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,44 +29,16 @@ CHECKPOINTS = FOLDER.parents[1] / "output" / "tiny_flux"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A part of the training of the transformer and the text encoders, with a learning rate that rises and falls."""
-
-    name: str
-    steps: int
-    horizon: int
-    """The step at which the learning rate comes to zero, if the stage gets there."""
-
-    shift: float
-    """How far the noise levels are shifted up, as by the scheduler: 1 is not at all."""
-
-
-# At low noise levels colours are learned, edges later; which shape lies where is decided at high ones.
-STAGES = (
-    Stage(name="flux", steps=4_500, horizon=6_000, shift=1.0),
-    Stage(name="flux_layout", steps=3_200, horizon=3_200, shift=4.0),
-    Stage(name="flux_edges", steps=1_500, horizon=1_500, shift=3.0),
-)
-
-
-def scaled_stages(steps: int) -> tuple[Stage, ...]:
-    """The stages with so many steps in all, each with its share of them, and at least one."""
-    share = steps / sum(stage.steps for stage in STAGES)
-    return tuple(
-        replace(stage, steps=max(1, round(stage.steps * share)), horizon=max(1, round(stage.horizon * share)))
-        for stage in STAGES
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What decides the weights. Equal settings on equal machines give equal bits."""
 
-    stages: tuple[Stage, ...] = STAGES
-    """What the transformer and the text encoders are trained on, one after another."""
+    steps: int = 8_000
+    """Of the transformer and the text encoders."""
 
     batch: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
+    shift: float = 3.0
+    """How far noise levels are shifted up, as by the scheduler: at high ones it is decided which shape lies where."""
 
     autoencoder_steps: int = 800
     autoencoder_batch: int = 16
@@ -87,7 +60,7 @@ class Run:
     device: str = "cpu"
     checkpoint_every: int = 250
     pause_after: int | None = None
-    """Stop with a checkpoint after this run has made so many steps of one stage."""
+    """Stop with a checkpoint after this run has made so many steps of the autoencoder, or of the rest."""
 
 
 class Paused(Exception):
@@ -118,6 +91,29 @@ def learning_rate_share(step: int, steps: int) -> float:
     return min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
+def matrices_of_blocks(modules: nn.Module) -> list[nn.Parameter]:
+    """The weights of the linear layers in the models' blocks; the autoencoder has none."""
+    blocks = [part for part in modules.modules() if isinstance(part, nn.ModuleList) and part is not modules]
+    linear = [part for block in blocks for part in block.modules() if isinstance(part, nn.Linear)]
+    return list(dict.fromkeys(part.weight for part in linear))
+
+
+def optimizers(modules: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of blocks, AdamW for all else.
+
+    Muon (Keller Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024) takes each step's direction
+    orthogonal. With the scale of Moonlight ("Muon is Scalable for LLM Training", 2025) one learning rate suits both.
+    """
+    matrices = matrices_of_blocks(modules)
+    others = [weight for weight in modules.parameters() if all(weight is not matrix for matrix in matrices)]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    ]
+    if matrices:
+        made.append(torch.optim.Muon(matrices, learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return made
+
+
 def train(
     name: str,
     modules: nn.Module,
@@ -126,20 +122,16 @@ def train(
     learning_rate: float,
     settings: Settings,
     run: Run,
-    horizon: int | None = None,
 ) -> None:
     """Trains modules in place and leaves them with their averaged weights, or goes on where a checkpoint was taken.
 
-    `loss` takes the number of a step and must depend on nothing else but the weights. The learning rate comes to zero
-    at step `horizon`, by default the last.
+    `loss` takes the number of a step and must depend on nothing else but the weights.
 
     Raises:
         Paused: the run has made its steps and has taken a checkpoint.
         ValueError: the checkpoint is of a run with other settings.
     """
-    optimizer = torch.optim.AdamW(
-        modules.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
+    updates = optimizers(modules, learning_rate)
     average = Average(modules, decay=0.998)
     losses: list[float] = []
     path = run.checkpoints / f"{name}.pt"
@@ -150,7 +142,8 @@ def train(
                 f"{path} is of a run with other settings: {state['settings']}. Give these, or another --checkpoints."
             )
         modules.load_state_dict(state["modules"])
-        optimizer.load_state_dict(state["optimizer"])
+        for update, before in zip(updates, state["optimizers"], strict=True):
+            update.load_state_dict(before)
         average.averages = state["average"]
         losses = state["losses"]
 
@@ -159,7 +152,7 @@ def train(
         state = {
             "settings": asdict(settings),
             "modules": modules.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [update.state_dict() for update in updates],
             "average": average.averages,
             "losses": losses,
         }
@@ -169,13 +162,14 @@ def train(
     first = len(losses)
     progress = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=1)
     for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * learning_rate_share(step, horizon or steps)
+        for group in itertools.chain.from_iterable(update.param_groups for update in updates):
+            group["lr"] = learning_rate * learning_rate_share(step, steps)
         value = loss(step)
         value.backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for update in updates:
+            update.step()
+            update.zero_grad()
         average.update(step)
         losses.append(value.item())
         recent = losses[-100:]
@@ -237,12 +231,12 @@ def train_flux(pipeline: FluxPipeline, latents: Tensor, prompts: list[str], sett
     image_ids = pipeline._prepare_latent_image_ids(1, side, side, run.device, torch.float32)
     text_ids = torch.zeros(TEXT_TOKENS, 3, device=run.device)
 
-    def loss(step: int, shift: float) -> Tensor:
+    def loss(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         chosen = torch.randint(len(prompts), (settings.batch,), generator=generator)
         noise = torch.randn(settings.batch, *latents.shape[1:], generator=generator).to(run.device)
         time = torch.randn(settings.batch, generator=generator).sigmoid().to(run.device)
-        time = shift * time / (1 + (shift - 1) * time)
+        time = settings.shift * time / (1 + (settings.shift - 1) * time)
         guidance = (1 + 4 * torch.rand(settings.batch, generator=generator)).to(run.device)
         pictures = latents[chosen.to(latents.device)]
         weight = time[:, None, None]
@@ -259,19 +253,7 @@ def train_flux(pipeline: FluxPipeline, latents: Tensor, prompts: list[str], sett
         return functional.mse_loss(predicted, noise - pictures)
 
     modules = nn.ModuleList([transformer, encoder, encoder_2])
-    first = 0
-    for stage in settings.stages:
-        train(
-            stage.name,
-            modules,
-            lambda step, first=first, shift=stage.shift: loss(first + step, shift),
-            stage.steps,
-            settings.learning_rate,
-            settings,
-            run,
-            stage.horizon,
-        )
-        first += stage.steps
+    train("flux", modules, loss, settings.steps, settings.learning_rate, settings, run)
 
 
 def make_pipeline(settings: Settings, run: Run) -> FluxPipeline:
@@ -290,18 +272,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="trains the small FLUX pipeline from nothing")
     parser.add_argument("--output", type=Path, default=FOLDER, help="where the pipeline's folder is made")
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="where a stopped run goes on from")
-    parser.add_argument("--steps", type=int, default=sum(stage.steps for stage in STAGES), help="in all stages")
+    parser.add_argument("--steps", type=int, default=defaults.steps, help="of transformer and text encoders")
     parser.add_argument("--autoencoder-steps", type=int, default=defaults.autoencoder_steps)
     parser.add_argument("--pictures", type=int, default=defaults.pictures, help="drawn pictures to train on")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="threads for the CPU; torch's choice by default")
-    parser.add_argument("--pause-after", type=int, help="stop with a checkpoint after so many steps of a stage")
+    parser.add_argument("--pause-after", type=int, help="stop with a checkpoint after so many steps")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = Settings(
-        stages=scaled_stages(options.steps),
+        steps=options.steps,
         autoencoder_steps=options.autoencoder_steps,
         pictures=options.pictures,
         seed=options.seed,

@@ -16,8 +16,9 @@ from unittest import mock
 import pytest
 import torch
 from capture import assert_equal
-from families import draw, flux, randomise
+from families import flux
 from pool import Pool
+from random_tensors import draw, randomise
 from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 

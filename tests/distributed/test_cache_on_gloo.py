@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from denoising import STEPS, Cut, Prompts, build, compiled, generate, prompts
-from families import draw
 from pool import Pool
-from small_models import Denoiser, image_tokens, randomise
+from random_tensors import draw, randomise
+from small_models import Denoiser, image_tokens
 from torch import Tensor, nn
 
 from paracompile import cache_context, cache_stats, init_mesh, set_rdt

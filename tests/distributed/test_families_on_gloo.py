@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from capture import assert_equal, deviation
-from families import FAMILIES, Inputs, randomise
+from families import FAMILIES, Inputs
 from pool import Pool
+from random_tensors import randomise
 from torch import Tensor, nn
 
 from paracompile import init_mesh
