@@ -23,7 +23,8 @@ import train
 
 FOLDER = judge.FOLDER
 MEGABYTE = 1_000_000
-RECOMMENDED_RDT = 0.08
+RECOMMENDED_RDT = 0.24
+"""What `python -m paracompile tune` recommends in the README."""
 
 
 @pytest.fixture(scope="module")
@@ -128,14 +129,13 @@ def test_held_out_prompts_are_painted(pipeline: FluxPipeline, count: int) -> Non
 
 @some_and_many
 def test_the_cache_keeps_the_score(pipeline: FluxPipeline, count: int) -> None:
-    """At the threshold that the README recommends for this pipeline."""
     plain = mean_score(pipeline, count, batch=1)
     cached = FluxPipeline(**pipeline.components)
     cached.set_progress_bar_config(disable=True)
     options = {"compiler": "eager", "rdt": RECOMMENDED_RDT}
     cached.transformer = torch.compile(pipeline.transformer, backend="paracompile", fullgraph=True, options=options)
     assert abs(mean_score(cached, count, batch=1) - plain) <= 0.02
-    assert paracompile.cache_stats(cached.transformer).hits > 5 * count
+    assert paracompile.cache_stats(cached.transformer).hits > judge.STEPS / 2  # of the last picture
 
 
 SHORT = train.Settings(steps=4, batch=2, autoencoder_steps=3, autoencoder_batch=2, pictures=8)
