@@ -10,12 +10,14 @@ attention does not care; what does care, a mask, is arranged to that order, once
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import fx
 
+import paracompile.runtime.kernels  # noqa: F401  (registers attention_with_lse)
 from paracompile.errors import GraphError
 from paracompile.layout.graph import Operation, Value, shape_of
 from paracompile.layout.places import Attention
@@ -77,16 +79,20 @@ class UnifiedAttention:
         return back
 
     def _local(self, graph: Graph, attention: Attention, received: dict[int, fx.Node], mask: fx.Node | None) -> fx.Node:
-        arguments = _arguments(attention)
-        query, key = (received[slot].meta["val"].shape[-3] for slot in (attention.query, attention.key))
+        scale = _arguments(attention)["scale"]
+        operands = [received[slot] for slot in (attention.query, attention.key, attention.value)]
+        query, key, _ = (operand.meta["val"].shape for operand in operands)
+        if 0 in query:  # a rank without heads or tokens: PyTorch's kernels need not bear that (2.11's for the CPU dies)
+            empty = graph.write(torch.ops.paracompile.attention_with_lse.default, *operands, mask, None, scale)
+            return graph.write(operator.getitem, empty, 0)
         return graph.write(
             aten.scaled_dot_product_attention.default,
-            *(received[slot] for slot in (attention.query, attention.key, attention.value)),
+            *operands,
             mask,
             0.0,
             False,
-            scale=arguments["scale"],
-            enable_gqa=query != key,
+            scale=scale,
+            enable_gqa=query[-3] != key[-3],
         )
 
     def _ring(
