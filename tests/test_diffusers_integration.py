@@ -36,6 +36,7 @@ from paracompile import cache_stats, set_rdt
 from paracompile.integrations.diffusers import listen
 
 TINY_FLUX = Path(__file__).parents[1] / "examples" / "tiny_flux"
+TEXT_WIDTH = 64  # of both its text encoders
 STEPS = 5
 SIDE = 64
 OPTIONS: dict[str, Any] = {"max_consecutive_hits": 2}
@@ -59,15 +60,15 @@ class Case:
 
 
 def _flux(kind: type[Any]) -> Any:
-    return kind.from_pretrained(TINY_FLUX, torch_dtype=torch.float32)
+    return kind.from_pretrained(TINY_FLUX, dtype=torch.float32)
 
 
 def _flux_embeds(seed: int) -> dict[str, Tensor]:
     return {
-        "prompt_embeds": draw(1, 12, 64, seed=seed),
-        "pooled_prompt_embeds": draw(1, 64, seed=seed + 1),
-        "negative_prompt_embeds": draw(1, 12, 64, seed=seed + 2),
-        "negative_pooled_prompt_embeds": draw(1, 64, seed=seed + 3),
+        "prompt_embeds": draw(1, 12, TEXT_WIDTH, seed=seed),
+        "pooled_prompt_embeds": draw(1, TEXT_WIDTH, seed=seed + 1),
+        "negative_prompt_embeds": draw(1, 12, TEXT_WIDTH, seed=seed + 2),
+        "negative_pooled_prompt_embeds": draw(1, TEXT_WIDTH, seed=seed + 3),
     }
 
 

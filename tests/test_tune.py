@@ -209,6 +209,11 @@ def test_scores_that_are_none(score: Any) -> None:
         quality(flat(1), flat(1), "a prompt", lambda image, prompt: score)
 
 
+def test_a_judge_that_fails_is_named_with_its_prompt() -> None:
+    with pytest.raises(ParacompileError, match="the judge fails for 'a prompt': ZeroDivisionError: division by zero"):
+        quality(flat(1), flat(1), "a prompt", lambda image, prompt: 1 / 0)
+
+
 def test_judges_that_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(ParacompileError, match="no such file"):
         load_judge(tmp_path / "judge.py")
@@ -260,10 +265,14 @@ def test_recommended_is_the_fastest_that_is_good_enough() -> None:
 
 
 def test_no_recommendation() -> None:
-    rows = [row(0.05, 1.1, 40, 0.9), row(0.2, 0.4, 20, 0.7)]
+    without = Row(NO_CACHE, 1, 0.1, 1, 60, 60, 1, 1, 0.95)
+    rows = [without, row(0.05, 1.1, 40, 0.9), row(0.2, 0.4, 20, 0.7)]
     assert recommended(rows, Limits(psnr=30)) is None
     assert "faster than no cache" in advice(rows, Limits(psnr=30))
     assert "closest to the plain pictures is rdt 0.05 with 40.00 dB and score 0.900" in advice(rows, Limits(psnr=50))
+    for beyond in (Limits(psnr=61), Limits(psnr=50, score=0.96)):
+        assert "not even the pictures without a cache" in advice(rows, beyond)
+        assert "60.00 dB and score 0.950" in advice(rows, beyond)
     assert recommended([row(0.01, 0.9, 80, computed=1.0)], Limits(psnr=30)) is None  # faster by chance
     plain = Row(PLAIN, 1, 0.1, 0.1, PSNR_LIMIT, PSNR_LIMIT, 1, 1)
     assert recommended([plain], Limits(psnr=1)) is None

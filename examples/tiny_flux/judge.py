@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,15 +152,18 @@ def score(image: Image.Image, prompt: str) -> float:
 
 
 def paint(
-    pipeline: FluxPipeline, scenes: Sequence[Scene], steps: int = STEPS, batch: int = 20, seed: int = 0
+    pipeline: FluxPipeline, scenes: Sequence[Scene], steps: int = STEPS, batch: int = 20, seed: int = 0, **more: Any
 ) -> Iterator[torch.Tensor]:
-    """The pipeline's picture of each scene, one after another. Picture i starts from the noise of seed + i."""
+    """The pipeline's picture of each scene, one after another. Picture i starts from the noise of seed + i.
+
+    `more` goes to the pipeline's call.
+    """
     for start in range(0, len(scenes), batch):
         some = scenes[start : start + batch]
         generators = [torch.Generator().manual_seed(seed + start + offset) for offset in range(len(some))]
         prompts = [scene.prompt for scene in some]
         yield from pipeline(
-            prompts, num_inference_steps=steps, generator=generators, output_type="pt", **CALL
+            prompts, num_inference_steps=steps, generator=generators, output_type="pt", **CALL, **more
         ).images.cpu()
 
 
@@ -187,6 +191,7 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, default=FOLDER, help="the pipeline's folder")
     parser.add_argument("--prompts", type=int, default=200, help="how many held-out prompts")
     parser.add_argument("--steps", type=int, default=STEPS, help="denoising steps a picture")
+    parser.add_argument("--guidance", type=float, default=3.5, help="trained with 1 to 5")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture's noise")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="threads for the CPU; torch's choice by default")
@@ -198,10 +203,10 @@ def main() -> None:
         judge_drawn(options.prompts)
         return
 
-    pipeline = FluxPipeline.from_pretrained(options.pipeline, torch_dtype=torch.float32).to(options.device)
+    pipeline = FluxPipeline.from_pretrained(options.pipeline, dtype=torch.float32).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
     scenes = split_scenes()[1][: options.prompts]
-    pictures = paint(pipeline, scenes, steps=options.steps, seed=options.seed)
+    pictures = paint(pipeline, scenes, steps=options.steps, seed=options.seed, guidance_scale=options.guidance)
     judged = [marks(picture, scene) for picture, scene in zip(tqdm(pictures, total=len(scenes)), scenes, strict=True)]
     print(table("held-out prompts", judged))
 

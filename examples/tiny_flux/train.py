@@ -67,6 +67,10 @@ class Paused(Exception):
     """The run has made as many steps as it was asked to, and has taken a checkpoint."""
 
 
+class OtherSettings(ValueError):
+    """A checkpoint is of a run with other settings."""
+
+
 class Average:
     """The exponential moving average of weights, which makes better pictures than the last weights do."""
 
@@ -129,7 +133,7 @@ def train(
 
     Raises:
         Paused: the run has made its steps and has taken a checkpoint.
-        ValueError: the checkpoint is of a run with other settings.
+        OtherSettings: the checkpoint cannot be gone on from.
     """
     updates = optimizers(modules, learning_rate)
     average = Average(modules, decay=0.998)
@@ -138,8 +142,9 @@ def train(
     if path.exists():
         state = torch.load(path, map_location=run.device, weights_only=True)
         if state["settings"] != asdict(settings):
-            raise ValueError(
-                f"{path} is of a run with other settings: {state['settings']}. Give these, or another --checkpoints."
+            before = state["settings"].items() - asdict(settings).items()
+            raise OtherSettings(
+                f"{path} is of a run with other settings, {dict(before)}: give another --checkpoints, or remove it"
             )
         modules.load_state_dict(state["modules"])
         for update, before in zip(updates, state["optimizers"], strict=True):
@@ -270,7 +275,7 @@ def make_pipeline(settings: Settings, run: Run) -> FluxPipeline:
 def main() -> None:
     defaults = Settings()
     parser = argparse.ArgumentParser(description="trains the small FLUX pipeline from nothing")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="where the pipeline's folder is made")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="the folder that is made, or overwritten")
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="where a stopped run goes on from")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="of transformer and text encoders")
     parser.add_argument("--autoencoder-steps", type=int, default=defaults.autoencoder_steps)
@@ -294,6 +299,8 @@ def main() -> None:
     except Paused:
         print(f"paused; the same command without --pause-after goes on from {options.checkpoints}")
         return
+    except OtherSettings as error:
+        parser.error(str(error))
     pipeline.save_pretrained(options.output)
     print(f"the pipeline is in {options.output}")
 

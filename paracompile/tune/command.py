@@ -38,7 +38,8 @@ Three kinds of runs are made:
   settings   every combination of the values given, compiled with the cache.
 
 Times are of whole calls of the pipeline, text encoders and decoder included, and never of a call in which something was
-compiled. They compare what ran on one idle machine: let nothing else run beside it.
+compiled. They compare what ran on one idle machine: let nothing else run beside it. Settings that are added later are
+divided by what "no cache" took then.
 
 Finished pictures stay in the output folder. The same command, started again, makes only what is missing; with more
 values, prompts or seeds it adds theirs."""

@@ -9,6 +9,7 @@ from platform import processor
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from paracompile.tune.grid import Cell, grid
 from paracompile.tune.metrics import Judge, Quality, load_judge, quality
@@ -79,7 +80,7 @@ def _report(
 def _qualities(jobs: Jobs, results: Results, judge: Judge | None) -> dict[Job, Quality]:
     """Every picture against the plain one of its prompt and seed."""
     found = {}
-    for places in zip(*jobs.values(), strict=True):
+    for places in tqdm(list(zip(*jobs.values(), strict=True)), desc="comparing", unit="picture"):
         plain = results.picture(places[0])
         for job in places:
             found[job] = quality(results.picture(job), plain, job.prompt, judge)

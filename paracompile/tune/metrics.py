@@ -41,7 +41,7 @@ def quality(picture: Image.Image, plain: Image.Image, prompt: str, judge: Judge 
     """Compares 8-bit pictures of one size.
 
     raises:
-        ParacompileError: the judge's score is no number in [0, 1].
+        ParacompileError: the judge fails, or its score is no number in [0, 1].
     """
     ours, theirs = np.asarray(picture), np.asarray(plain)
     equal = np.array_equal(ours, theirs)
@@ -78,7 +78,10 @@ def load_judge(path: Path) -> Judge:
 
 
 def _score(judge: Judge, picture: Image.Image, prompt: str) -> float:
-    score: object = judge(picture, prompt)
+    try:
+        score: object = judge(picture, prompt)
+    except Exception as error:  # whatever a user's function may raise
+        raise ParacompileError(f"the judge fails for {prompt!r}: {type(error).__name__}: {error}") from error
     if not isinstance(score, (bool, int, float, np.number)) or not 0 <= score <= 1:
         raise ParacompileError(f"the judge's score is {score!r} for {prompt!r}: it must be a number from 0 to 1")
     return float(score)

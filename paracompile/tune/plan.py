@@ -31,6 +31,9 @@ class Plan:
         prompts, seeds: each prompt is run with each seed.
         settings: with a cache, in the order in which they are run.
         call: arguments of the pipeline's call besides the prompt and the noise.
+        compiler: the option of that name.
+        device, dtype: where the pipeline runs, and in which type.
+        output: the folder of all results.
         judge: a Python file with a function `score`.
         min_psnr, min_score: what the recommended setting must reach; None: anything will do.
         grid_rows: prompts in the grid at most.

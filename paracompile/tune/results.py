@@ -101,6 +101,7 @@ class Results:
             return image.convert("RGB")
 
     def save(self, job: Job, picture: Image.Image, figures: Figures) -> None:
+        """Keeps a picture and its figures: both are there whole, or the picture is not done."""
         self._path(job, "").parent.mkdir(parents=True, exist_ok=True)
         _write(self._path(job, ".png"), lambda path: picture.save(path, format="PNG"))
         about = {"setting": job.setting.name, "prompt": job.prompt, "seed": job.seed, "figures": asdict(figures)}

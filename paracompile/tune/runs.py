@@ -1,6 +1,6 @@
 """Runs a pipeline with each setting, on the same prompts and seeds.
 
-Wall times are of whole calls that compile nothing: the first call with a setting, and each call in which something was
+Wall times are of whole calls that compile nothing: the first call of each compile, and each call in which something was
 compiled, is made again. All settings make one picture before the next is begun, so that a machine that is slower for a
 while is so for all of them.
 """

@@ -20,6 +20,7 @@ class Row:
     """A setting's figures.
 
     attributes:
+        setting: the setting.
         computed: share of all blocks of all steps of all pictures.
         seconds: median wall time of a picture.
         time_ratio: median over the pictures of the wall time, divided by that without a cache.
@@ -108,12 +109,21 @@ def advice(rows: Sequence[Row], limits: Limits) -> str:
     good = [row for row in rows if row.setting.rdt is not None and limits.allow(row)]
     if good:
         return f"No recommendation: no setting with {limits} skips anything and is faster than no cache."
+    without = next(row for row in rows if row.setting == NO_CACHE)
+    if not limits.allow(without):
+        return (
+            f"No recommendation: not even the pictures without a cache have {limits}, but {_quality(without)}: "
+            "no threshold can be expected to do better; lower the limit."
+        )
     best = max((row for row in rows if row.setting.rdt is not None), key=lambda row: row.psnr)
-    score = "" if best.score is None else f" and score {best.score:.3f}"
     return (
         f"No recommendation: no setting reaches {limits}. The closest to the plain pictures is {best.setting.name} "
-        f"with {best.psnr:.2f} dB{score}: try smaller thresholds."
+        f"with {_quality(best)}: try smaller thresholds."
     )
+
+
+def _quality(row: Row) -> str:
+    return f"{row.psnr:.2f} dB" + ("" if row.score is None else f" and score {row.score:.3f}")
 
 
 def text(rows: Sequence[Row]) -> str:

@@ -35,7 +35,7 @@ def picture(pipeline: FluxPipeline, prompt: str) -> np.ndarray[Any, Any]:
 
 
 def load() -> FluxPipeline:
-    return FluxPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
+    return FluxPipeline.from_pretrained(FOLDER, dtype=torch.float32)
 
 
 def drawn(rank: int, rdt: float | None) -> list[np.ndarray[Any, Any]]:
