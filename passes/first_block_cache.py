@@ -12,8 +12,9 @@ The first block's residual as the sign of change is ParaAttention's first block 
 at both ends are cache-dit's DBCache, the extrapolation of what is stored is TaylorSeer (Liu et al., 2025).
 
 State comes in as further graph inputs, behind the graph's own, and only `compute` writes to it, so that a skipped step
-copies nothing. What is a number or two a call (the last timestep, how many hits in a row) is the *record*: it comes in
-as one input and leaves as one more output, so that the host never waits for it.
+copies nothing. (PyTorch 2.11 lets no branch write to an operand: there both return the state, and it is written behind
+the conditional.) What is a number or two a call (the last timestep, how many hits in a row) is the *record*: it comes
+in as one input and leaves as one more output, so that the host never waits for it.
 
     control  f32[2]    threshold (0: compute), and whether nobody named the slot (1: nobody did)
     record   f32[n]    see `Record`
@@ -56,6 +57,9 @@ aten = torch.ops.aten
 COND = torch.ops.higher_order.cond
 REUSE, COMPUTE = "reuse", "compute"
 """The names of the two branches, submodules of the graph."""
+
+BRANCHES_WRITE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
+"""Whether a branch of a conditional may write to its operands under Inductor."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,9 @@ class _Writer:
             compute = self._branch(list(shared), lambda write, place: self._compute(write, place, middle, kept, clock))
             reuse = self._branch(list(shared), lambda write, place: self._reuse(write, place, kept, clock))
             outputs = self._conditional(hit, reuse, compute, list(shared))
-            record = decision.new_record(hit, fine=outputs[-1])
+            record = decision.new_record(hit, fine=outputs[len(kept)])
+            for old, new in zip(self._state(), outputs[len(kept) + 1 :], strict=not BRANCHES_WRITE):
+                self.write(aten.copy_.default, old, new)
         self.graph.erase_node(anchor)
         for value, output in zip(kept, outputs, strict=False):
             value.leave.replace_all_uses_with(output)
@@ -313,8 +319,10 @@ class _Writer:
             if not is_tensor(source):
                 raise GraphError(source, "it is no tensor and is read by blocks that may be skipped", "leave out rdt")
         entering = [value.enter for value in kept if value.enter is not None]
-        state = [self.previous, *(node for nodes in self.stored.values() for node in nodes)]
-        return found | dict.fromkeys([before, after, *entering, *state])
+        return found | dict.fromkeys([before, after, *entering, *self._state()])
+
+    def _state(self) -> list[fx.Node]:
+        return [self.previous, *(node for nodes in self.stored.values() for node in nodes)]
 
     def _branch(
         self, operands: list[fx.Node], body: Callable[[GraphWriter, dict[fx.Node, fx.Node]], list[fx.Node]]
@@ -336,7 +344,7 @@ class _Writer:
         kept: list[_Kept],
         clock: Clock,
     ) -> list[fx.Node]:
-        """The blocks themselves; stores what they add, and says whether all of it is finite."""
+        """The blocks themselves; says whether all that they add is finite, and stores it or returns what to store."""
         before, after = (place[node] for node in self._residual())
         for node in middle:
             for source in node.all_input_nodes:
@@ -344,7 +352,7 @@ class _Writer:
                     place[source] = write.graph.node_copy(source)
             place[node] = write.graph.node_copy(node, place.__getitem__)
         residual = residual_of(write, before, after, self.rules)
-        changes = [(place[self.previous], residual)]
+        state = [residual]
         sizes = [sum_of_sizes(write, as_float(write, residual))]
         outputs = []
         for value in kept:
@@ -352,15 +360,17 @@ class _Writer:
             added = leave if value.enter is None else write(aten.sub.Tensor, leave, place[value.enter])
             sizes.append(sum_of_sizes(write, as_float(write, added)))
             stored = [place[node] for node in self.stored[value.leave]]
-            changes.append((stored[0], added))
-            for order, old in enumerate(stored[1:], 1):
+            state.append(added)
+            for order in range(1, len(stored)):
                 added = self._difference(write, added, stored[order - 1], order, place, clock)
-                changes.append((old, added))
+                state.append(added)
             outputs.append(_contiguous(write, leave))
         total = write(aten.sum.default, write(aten.stack.default, sizes))
         fine = as_float(write, write(aten.isfinite.default, total))
-        for old, new in changes:
-            write(aten.copy_.default, old, new)
+        if not BRANCHES_WRITE:
+            return [*outputs, fine, *_copies(write, state)]
+        for old, new in zip(self._state(), state, strict=True):
+            write(aten.copy_.default, place[old], new)
         return [*outputs, fine]
 
     def _difference(
@@ -401,7 +411,8 @@ class _Writer:
             # What is stored comes first: the sum is laid out as it is, so that there is nothing to lay out anew.
             outputs.append(_contiguous(write, write(aten.add.Tensor, added, place[value.enter])))
         device = self.record.meta["val"].device
-        return [*outputs, write(aten.ones.default, [], dtype=torch.float32, device=device, pin_memory=False)]
+        outputs.append(write(aten.ones.default, [], dtype=torch.float32, device=device, pin_memory=False))
+        return outputs if BRANCHES_WRITE else [*outputs, *_copies(write, [place[node] for node in self._state()])]
 
     def _conditional(
         self, hit: fx.Node, reuse: fx.GraphModule, compute: fx.GraphModule, operands: list[fx.Node]
@@ -434,6 +445,10 @@ def _ancestors(node: fx.Node, middle: set[fx.Node]) -> set[fx.Node]:
                 found.add(source)
                 waiting.append(source)
     return found
+
+
+def _copies(write: GraphWriter, values: Sequence[fx.Node]) -> list[fx.Node]:
+    return [write(aten.clone.default, value, memory_format=torch.contiguous_format) for value in values]
 
 
 def _contiguous(write: GraphWriter, value: fx.Node) -> fx.Node:
