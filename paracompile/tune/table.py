@@ -103,8 +103,9 @@ def advice(rows: Sequence[Row], limits: Limits) -> str:
     if chosen is not None:
         options = dict(chosen.setting.knobs)
         return (
-            f"Recommended: {chosen.setting.name}, the fastest with {limits}: {chosen.speed:.2f} times as fast as "
-            f"without a cache\n  options={options}"
+            f"Recommended: {chosen.setting.name}, {chosen.speed:.2f} times as fast as without a cache\n"
+            f"  the fastest with {limits}\n"
+            f"  options={options}"
         )
     good = [row for row in rows if row.setting.rdt is not None and limits.allow(row)]
     if good:
