@@ -36,7 +36,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from paracompile.errors import GraphError
-from paracompile.layout.graph import AUTOCAST_EDGES, is_tensor
+from paracompile.layout.graph import is_tensor
 from paracompile.mesh import Ranks
 from paracompile.passes.cache_decision import (
     CacheRules,
@@ -49,6 +49,7 @@ from paracompile.passes.cache_decision import (
 )
 from paracompile.passes.mark_blocks import Skipped, part_of, roles_of
 from paracompile.passes.writer import GraphWriter
+from paracompile.patterns.autocast import AUTOCAST_EDGES
 
 __all__ = ["COMPUTE", "COND", "REUSE", "CacheLayout", "first_block_cache"]
 

@@ -26,7 +26,8 @@ import torch
 from torch import fx
 
 from paracompile.errors import GraphError, OptionError
-from paracompile.layout.graph import AUTOCAST_EDGES, is_tensor
+from paracompile.layout.graph import is_tensor
+from paracompile.patterns.autocast import AUTOCAST_EDGES
 from paracompile.patterns.blocks import Stream, find_stream, residual_source
 
 __all__ = ["Part", "Skipped", "mark_blocks", "part_of", "roles_of"]

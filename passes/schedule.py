@@ -29,7 +29,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 import paracompile.runtime.kernels  # noqa: F401  (registers the operator of a ring's step)
-from paracompile.layout.graph import AUTOCAST_EDGES
+from paracompile.patterns.autocast import AUTOCAST_EDGES
 
 _RING_STEP = torch.ops.paracompile.attention_with_lse.default
 _EDGES = AUTOCAST_EDGES | {torch.ops.higher_order.cond}

@@ -20,12 +20,13 @@ from torch._ops import OpOverload
 
 from paracompile.errors import GraphError
 from paracompile.layout.factors import Factor, Local, Operand, Span
-from paracompile.layout.graph import AUTOCAST_EDGES, ENTER_AUTOCAST, Operation, Value, is_tensor, shape_of, value_of
+from paracompile.layout.graph import Operation, Value, is_tensor, shape_of, value_of
 from paracompile.layout.places import Attention
 from paracompile.layout.plan import Plan, Sharding
 from paracompile.mesh import Axis
 from paracompile.passes.tokens import all_tokens, own_tokens
 from paracompile.passes.writer import GraphWriter
+from paracompile.patterns.autocast import AUTOCAST_EDGES, ENTER_AUTOCAST
 
 
 class Sharder:

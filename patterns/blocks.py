@@ -24,7 +24,8 @@ import torch
 from torch import fx
 
 from paracompile.errors import module_paths
-from paracompile.layout.graph import ENTER_AUTOCAST, EXIT_AUTOCAST, is_tensor, named_arguments
+from paracompile.layout.graph import is_tensor, named_arguments
+from paracompile.patterns.autocast import ENTER_AUTOCAST, EXIT_AUTOCAST
 
 aten = torch.ops.aten
 

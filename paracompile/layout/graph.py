@@ -14,11 +14,6 @@ from torch._ops import OpOverload
 
 from paracompile.layout.factors import Factor, Op, Operand, Rule, Shape
 
-ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
-EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
-AUTOCAST_EDGES = frozenset({ENTER_AUTOCAST, EXIT_AUTOCAST})
-"""What a region of the model under autocast begins and ends with in the graph; the first takes autocast's arguments."""
-
 
 @dataclass(frozen=True)
 class Value:
