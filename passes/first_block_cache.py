@@ -159,8 +159,9 @@ class _Writer:
             reuse = self._branch(list(shared), lambda write, place: self._reuse(write, place, kept, clock))
             outputs = self._conditional(hit, reuse, compute, list(shared))
             record = decision.new_record(hit, fine=outputs[len(kept)])
-            for old, new in zip(self._state(), outputs[len(kept) + 1 :], strict=not BRANCHES_WRITE):
-                self.write(aten.copy_.default, old, new)
+            if not BRANCHES_WRITE:
+                for old, new in zip(self._state(), outputs[len(kept) + 1 :], strict=True):
+                    self.write(aten.copy_.default, old, new)
         self.graph.erase_node(anchor)
         for value, output in zip(kept, outputs, strict=False):
             value.leave.replace_all_uses_with(output)
