@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import CompileContext
-from torch._inductor import list_mode_options
-from torch._inductor.compile_fx import compile_fx
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from paracompile.compiler import compile_regions, compile_whole
 from paracompile.errors import ParacompileError
 from paracompile.integrations import diffusers
-from paracompile.layout.graph import Operation, operations
+from paracompile.layout.graph import Operation, is_static, operations
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 from paracompile.options import Options
@@ -30,9 +29,8 @@ from paracompile.overlap import inductor_settings
 from paracompile.passes import CacheLayout, CachePasses, CacheRules, local_lengths, pipeline, run_passes
 from paracompile.passes.attention_on_shards import Lengths
 from paracompile.passes.context_parallel import flops_of
-from paracompile.passes.drop_masked_keys import attends_to_visible
 from paracompile.passes.first_block_cache import COMPUTE
-from paracompile.passes.subclasses import flatten_inputs, flattened_inputs
+from paracompile.patterns.blocks import find_blocks
 from paracompile.patterns.rules import rule_for
 from paracompile.report.dump import Dump
 from paracompile.report.report import Report, report_of
@@ -52,9 +50,9 @@ def paracompile(
 ) -> Compiled:
     """The backend: `torch.compile(model, backend="paracompile", options=options)`; see `Options` for the options.
 
-    On one rank the graph goes to the compiler as it is, unless attention masks in it only hide keys, or blocks are to
-    be skipped. On several it is sharded first, and all ranks agree on the graph, the options and the plan before any of
-    them runs a collective.
+    On several ranks the graph is sharded, and all agree on the graph, the options and the plan before any of them runs a
+    collective. On one rank it goes to the compiler as it is, unless it has repeated blocks, attention masks that only
+    hide keys, or blocks are to be skipped.
 
     raises:
         OptionError: options that cannot work.
@@ -70,11 +68,8 @@ def paracompile(
     graph_compiled([value for value in example_inputs if isinstance(value, nn.Parameter)], caches=chosen.caches)
     dump = Dump(chosen.dump, _compile_name(), ranks.flat_rank)
     dump("captured", gm)
-    if ranks.is_single and not chosen.caches:
-        if chosen.drop_masked_keys and _has_masks(gm) and not _wants_gradients(gm, example_inputs):
-            rewritten = run_passes(gm, example_inputs, pipeline(ranks), after=dump)
-            gm = rewritten if attends_to_visible(rewritten) else gm
-        compiled = _compile(gm, example_inputs, chosen, {})
+    if ranks.is_single and not chosen.caches and not _gains(gm, example_inputs, chosen):
+        compiled = compile_whole(gm, example_inputs, chosen, {})
         if chosen.report is not None:
             chosen.report(Report(ranks=1))
         return compiled
@@ -83,16 +78,14 @@ def paracompile(
     with agreement.stage("plan") as facts:
         _check_gradients(gm, example_inputs)
         plans: list[Plan] = []
-        done: list[Operation] = []
-        skippable: list[Operation] = []
+        reports: list[Report] = []
         layouts: list[CacheLayout] = []
 
         def after(name: str, graph: fx.GraphModule) -> None:
             if name == "normalise" and lengths is None:  # graphs of shards differ in their sizes
                 facts["graph"] = comparable(graph.print_readable(print_output=False, include_stride=True))
-            if name == "schedule":  # the last graph that is all ATen
-                skippable.extend(_skippable_operations(graph))
-                done.extend(operations(graph.graph, rule_for) + skippable)
+            if name == "schedule" and chosen.report is not None:  # the last graph that is all ATen
+                reports.append(_report(graph, ranks, plans, layouts, chosen))
             dump(name, graph)
 
         threshold = _threshold(chosen, gm, example_inputs)
@@ -102,37 +95,33 @@ def paracompile(
             drop_keys=chosen.drop_masked_keys,
             lengths=lengths,
             cache=_cache_passes(chosen, layouts.append) if chosen.caches else None,
+            regions=chosen.regions,
         )
         local = run_passes(gm, example_inputs, passes, after=after)
         facts["plan"] = "\n".join([*map(describe, plans), *(str(layout.skipped) for layout in layouts)])
-    flat = flattened_inputs(local)
     with agreement.stage("compile"):
-        inputs = flatten_inputs(example_inputs, flat)
-        for layout in layouts:
-            inputs += [layout.control, layout.record, *layout.state]
-        compiled = _compile(local, inputs, chosen, {} if ranks.is_single else inductor_settings())
+        compiled, compilation = compile_regions(local, chosen, {} if ranks.is_single else inductor_settings())
         _warn_at_recompile_limit()
     if chosen.caches and not layouts:
         warnings.warn(_NO_BLOCKS, stacklevel=2)
     if chosen.report is not None:
-        report = report_of(plans, ranks, local, done, flops_of)
-        chosen.report(_with_cache(report, layouts, skippable) if chosen.caches else report)
+        chosen.report(replace(reports[-1], compilation=compilation))
     agree = InputAgreement(
         mode=chosen.inputs if chosen.shard_inputs and not ranks.is_single else "trust",
-        indices=tuple(index for index, node in _placeholders(gm) if not _is_static(node)),
+        indices=tuple(index for index, node in _placeholders(gm) if not is_static(node)),
         group=ranks.group,
         source=ranks.members[0] if ranks.members else 0,
-        names=tuple(node.name for _, node in _placeholders(gm) if not _is_static(node)),
+        names=tuple(node.name for _, node in _placeholders(gm) if not is_static(node)),
     )
     if not layouts:
         return lambda *args: compiled(*agree(args))
     (layout,) = layouts
     return CachedCall(
         compiled,
-        prepare=lambda args: flatten_inputs(agree(args), flat),
+        prepare=agree,
         like=_state_like(layout),
         threshold=threshold,
-        static=tuple(index for index, node in _placeholders(gm) if _is_static(node)),
+        static=tuple(index for index, node in _placeholders(gm) if is_static(node)),
         signs=_signs(gm, layout),
     )
 
@@ -180,19 +169,19 @@ def _signs(gm: fx.GraphModule, layout: CacheLayout) -> CallSigns:
     conditioning = (
         index
         for index, node in _placeholders(gm)
-        if isinstance(node.meta.get("example_value"), torch.Tensor) and not _is_static(node) and index not in others
+        if isinstance(node.meta.get("example_value"), torch.Tensor) and not is_static(node) and index not in others
     )
     return CallSigns(tuple(conditioning))
 
 
-def _skippable_operations(gm: fx.GraphModule) -> list[Operation]:
-    """The operations that a skipped step leaves out."""
-    branch = getattr(gm, COMPUTE, None)
-    return operations(branch.graph, rule_for) if branch is not None else []
-
-
-def _with_cache(report: Report, layouts: Sequence[CacheLayout], skippable: Sequence[Operation]) -> Report:
-    """The report, with what the first block cache may skip."""
+def _report(
+    gm: fx.GraphModule, ranks: Ranks, plans: Sequence[Plan], layouts: Sequence[CacheLayout], options: Options
+) -> Report:
+    """The report of a graph of which only the compiling is still to come."""
+    skippable = _skippable_operations(gm)
+    report = report_of(plans, ranks, gm, operations(gm.graph, rule_for) + skippable, flops_of)
+    if not options.caches:
+        return report
     if not layouts:
         return replace(report, notes=(*report.notes, _NO_BLOCKS))
     (layout,) = layouts
@@ -203,6 +192,12 @@ def _with_cache(report: Report, layouts: Sequence[CacheLayout], skippable: Seque
         flops_skipped=sum(map(flops_of, skippable)),
         state_bytes=layout.state_bytes,
     )
+
+
+def _skippable_operations(gm: fx.GraphModule) -> list[Operation]:
+    """The operations that a skipped step leaves out."""
+    branch = getattr(gm, COMPUTE, None)
+    return operations(branch.graph, rule_for) if branch is not None else []
 
 
 def _lengths(gm: fx.GraphModule, ranks: Ranks, agreement: Agreement) -> list[Lengths]:
@@ -245,32 +240,29 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _compile(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, defaults: Mapping[str, Any]
-) -> Compiled:
-    """Compiles a graph; `defaults` are Inductor settings that the user's `mode` and `inductor` override."""
-    if options.compiler == "eager":
-        return gm.forward
-    if options.compiler == "aot_eager":
-        from torch._dynamo.backends.debugging import aot_eager
-
-        return aot_eager(gm, list(example_inputs))
-    mode = list_mode_options(options.mode) if options.mode is not None else {}
-    patches = {**defaults, **mode, **options.inductor}
-    return compile_fx(gm, list(example_inputs), config_patches=patches or None)  # type: ignore[return-value]
-
-
 def _placeholders(gm: fx.GraphModule) -> list[tuple[int, fx.Node]]:
     return list(enumerate(gm.graph.find_nodes(op="placeholder")))
 
 
-def _is_static(node: fx.Node) -> bool:
-    """Whether a graph input is a parameter or a buffer: the same on all ranks, and never sent."""
-    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+def _gains(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> bool:
+    """Whether the passes gain anything for a graph on one rank: blocks to compile once, or masks that hide keys.
+
+    Not where gradients are wanted, or sizes or numbers are symbols, which the passes would make constants.
+    """
+    if _wants_gradients(gm, example_inputs) or not all(map(_is_constant, example_inputs)):
+        return False
+    blocks = options.regions and options.compiler == "inductor" and find_blocks(gm.graph)
+    return bool(blocks) or (options.drop_masked_keys and _has_masks(gm))
+
+
+def _is_constant(example: Any) -> bool:
+    if isinstance(example, torch.Tensor):
+        return all(isinstance(size, int) for size in (*example.shape, *example.stride()))
+    return not isinstance(example, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def _has_masks(gm: fx.GraphModule) -> bool:
-    """Whether any attention of Dynamo's graph has a mask: a glance that spares all other models the passes."""
+    """Whether any attention of Dynamo's graph has a mask."""
     return any(
         node.target is F.scaled_dot_product_attention
         and (len(node.args) > 3 or node.kwargs.get("attn_mask") is not None)

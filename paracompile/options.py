@@ -71,6 +71,10 @@ class Options:
     drop_masked_keys: bool = True
     """Where a mask only hides keys (padding), attend to the visible ones with the fast kernel and no mask."""
 
+    regions: bool = True
+    """Compile the graph in regions along the model's blocks, equal ones once. False: in one piece (with the first block
+    cache: in one piece each before, within and after what it may skip)."""
+
     compiler: Compiler = "inductor"
     """What compiles the sharded graph: "inductor"; "eager" interprets it; "aot_eager" traces it with AOTAutograd and
     then interprets it. The last two are for tests and debugging."""
@@ -115,7 +119,7 @@ class Options:
             raise OptionError("mesh", self.mesh, "give a DeviceMesh, such as paracompile.init_mesh builds, or None")
         _one_of("inputs", self.inputs, get_args(InputMode))
         _one_of("compiler", self.compiler, get_args(Compiler))
-        for key in ("shard_inputs", "drop_masked_keys"):
+        for key in ("shard_inputs", "drop_masked_keys", "regions"):
             if not isinstance(getattr(self, key), bool):
                 raise OptionError(key, getattr(self, key), "give True or False")
         if not self.shard_inputs and self.inputs == "check":
@@ -174,6 +178,7 @@ class Options:
             **{key: getattr(self, key) for key, _, _ in _CACHE_OPTIONS},
             "shard_inputs": self.shard_inputs,
             "drop_masked_keys": self.drop_masked_keys,
+            "regions": self.regions,
             "compiler": self.compiler,
             "mode": None if self.mode == "default" else self.mode,
             **{f"inductor.{name}": value for name, value in sorted(self.inductor.items())},

@@ -9,8 +9,7 @@ Inductor would undo it four times (seen with torch 2.13):
   other by this rank's memory, so that ranks with uneven shares could meet in different ones: not in the list. Sinking
   waits never passes a collective;
 - horizontal fusion makes one kernel of k's and q's last steps, so that k's exchange starts only when q is there:
-  `KeepOrder` says that a matrix product comes after the exchanges that were started before it. Branches of a
-  conditional are traced once more after that, for which torch has no rule: `_trace_control_deps` is one.
+  `KeepOrder` says that a matrix product comes after the exchanges that were started before it.
 """
 
 from __future__ import annotations
@@ -20,14 +19,12 @@ import inspect
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.fx_passes.control_dependencies import control_deps, get_subgraph_name, preserve_node_ordering
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, disable_proxy_modes_tracing, track_tensor_tree
+from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
 from torch.utils._ordered_set import OrderedSet
 
-from paracompile.passes.schedule import is_collective
+from paracompile.patterns.exchanges import is_collective
 
 aten = torch.ops.aten
 
@@ -51,21 +48,6 @@ class KeepOrder(CustomGraphPass):
     def uuid(self) -> Any:
         """Says to Inductor's caches that another version of this pass makes other code."""
         return hashlib.sha256(inspect.getsource(KeepOrder).encode()).hexdigest()
-
-
-def _trace_control_deps(mode: Any, dependencies: Any, subgraph: fx.GraphModule, *args: Any) -> Any:
-    """Writes the operator of `preserve_node_ordering` into a trace."""
-    root = mode.tracer.root
-    root.register_module(get_subgraph_name(root, "ordered"), subgraph)
-    proxies = pytree.tree_map(mode.tracer.unwrap_proxy, (dependencies, subgraph, *args))
-    with disable_proxy_modes_tracing():
-        made = subgraph(*args)
-    written = mode.tracer.create_proxy("call_function", control_deps, proxies, {})
-    return track_tensor_tree(made, written, constant=None, tracer=mode.tracer)
-
-
-if ProxyTorchDispatchMode not in control_deps.python_key_table:
-    control_deps.py_impl(ProxyTorchDispatchMode)(_trace_control_deps)
 
 
 def inductor_settings() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from paracompile.passes.drop_masked_keys import drop_masked_keys
 from paracompile.passes.first_block_cache import CacheLayout, first_block_cache
 from paracompile.passes.mark_blocks import Skipped, mark_blocks
 from paracompile.passes.normalise import normalise
+from paracompile.passes.regions import cut_into_regions
 from paracompile.passes.schedule import schedule
 from paracompile.passes.static_lengths import static_lengths
 from paracompile.passes.subclasses import dispatch_on_subclasses
@@ -85,6 +86,7 @@ def pipeline(
     drop_keys: bool = True,
     lengths: Sequence[Lengths] | None = None,
     cache: CachePasses | None = None,
+    regions: bool | None = None,
 ) -> list[Pass]:
     """The passes for a graph that is shared by `ranks`, in order.
 
@@ -93,6 +95,7 @@ def pipeline(
         drop_keys: drop keys that a mask hides from all.
         lengths: the graph's inputs are shards already, of these lengths on each rank (see `local_lengths`).
         cache: skip blocks whose effect hardly changes.
+        regions: cut the graph for the compiler, along its blocks or (False) at conditionals only; None: leave it whole.
     """
     aten, static = frozenset({"functional ATen"}), frozenset({"functional ATen", "static lengths"})
 
@@ -116,6 +119,7 @@ def pipeline(
         *skips,
         Pass(schedule, requires=aten, provides="overlap"),
         Pass(dispatch_on_subclasses, requires=aten, provides="subclasses asked"),
+        *([Pass(partial(cut_into_regions, along_blocks=regions), provides="regions")] if regions is not None else []),
     ]
 
 

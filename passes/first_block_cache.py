@@ -12,9 +12,8 @@ The first block's residual as the sign of change is ParaAttention's first block 
 at both ends are cache-dit's DBCache, the extrapolation of what is stored is TaylorSeer (Liu et al., 2025).
 
 State comes in as further graph inputs, behind the graph's own, and only `compute` writes to it, so that a skipped step
-copies nothing. (PyTorch 2.11 lets no branch write to an operand: there both return the state, and it is written behind
-the conditional.) What is a number or two a call (the last timestep, how many hits in a row) is the *record*: it comes
-in as one input and leaves as one more output, so that the host never waits for it.
+copies nothing. What is a number or two a call (the last timestep, how many hits in a row) is the *record*: it comes in
+as one input and leaves as one more output, so that the host never waits for it.
 
     control  f32[2]    threshold (0: compute), and whether nobody named the slot (1: nobody did)
     record   f32[n]    see `Record`
@@ -58,9 +57,6 @@ aten = torch.ops.aten
 COND = torch.ops.higher_order.cond
 REUSE, COMPUTE = "reuse", "compute"
 """The names of the two branches, submodules of the graph."""
-
-BRANCHES_WRITE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
-"""Whether a branch of a conditional may write to its operands under Inductor."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +155,6 @@ class _Writer:
             reuse = self._branch(list(shared), lambda write, place: self._reuse(write, place, kept, clock))
             outputs = self._conditional(hit, reuse, compute, list(shared))
             record = decision.new_record(hit, fine=outputs[len(kept)])
-            if not BRANCHES_WRITE:
-                for old, new in zip(self._state(), outputs[len(kept) + 1 :], strict=True):
-                    self.write(aten.copy_.default, old, new)
         self.graph.erase_node(anchor)
         for value, output in zip(kept, outputs, strict=False):
             value.leave.replace_all_uses_with(output)
@@ -346,7 +339,7 @@ class _Writer:
         kept: list[_Kept],
         clock: Clock,
     ) -> list[fx.Node]:
-        """The blocks themselves; says whether all that they add is finite, and stores it or returns what to store."""
+        """The blocks themselves; says whether all that they add is finite, and stores it."""
         before, after = (place[node] for node in self._residual())
         for node in middle:
             for source in node.all_input_nodes:
@@ -369,8 +362,6 @@ class _Writer:
             outputs.append(_contiguous(write, leave))
         total = write(aten.sum.default, write(aten.stack.default, sizes))
         fine = as_float(write, write(aten.isfinite.default, total))
-        if not BRANCHES_WRITE:
-            return [*outputs, fine, *_copies(write, state)]
         for old, new in zip(self._state(), state, strict=True):
             write(aten.copy_.default, place[old], new)
         return [*outputs, fine]
@@ -414,7 +405,7 @@ class _Writer:
             outputs.append(_contiguous(write, write(aten.add.Tensor, added, place[value.enter])))
         device = self.record.meta["val"].device
         outputs.append(write(aten.ones.default, [], dtype=torch.float32, device=device, pin_memory=False))
-        return outputs if BRANCHES_WRITE else [*outputs, *_copies(write, [place[node] for node in self._state()])]
+        return outputs
 
     def _conditional(
         self, hit: fx.Node, reuse: fx.GraphModule, compute: fx.GraphModule, operands: list[fx.Node]
@@ -447,10 +438,6 @@ def _ancestors(node: fx.Node, middle: set[fx.Node]) -> set[fx.Node]:
                 found.add(source)
                 waiting.append(source)
     return found
-
-
-def _copies(write: GraphWriter, values: Sequence[fx.Node]) -> list[fx.Node]:
-    return [write(aten.clone.default, value, memory_format=torch.contiguous_format) for value in values]
 
 
 def _contiguous(write: GraphWriter, value: fx.Node) -> fx.Node:

@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from paracompile.errors import GraphError, OptionError
-from paracompile.layout.graph import is_tensor
+from paracompile.layout.graph import is_static, is_tensor
 from paracompile.patterns.autocast import AUTOCAST_EDGES
 from paracompile.patterns.blocks import Stream, find_stream, residual_source
 
@@ -212,5 +212,5 @@ def _call_inputs(graph: fx.Graph) -> list[tuple[int, fx.Node]]:
     return [
         (index, node)
         for index, node in enumerate(graph.find_nodes(op="placeholder"))
-        if is_tensor(node) and "_dynamo_static_input_type" not in node.meta.get("tensor_dict", {})
+        if is_tensor(node) and not is_static(node)
     ]

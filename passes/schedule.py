@@ -30,6 +30,7 @@ from torch._ops import OpOverload
 
 import paracompile.runtime.kernels  # noqa: F401  (registers the operator of a ring's step)
 from paracompile.patterns.autocast import AUTOCAST_EDGES
+from paracompile.patterns.exchanges import is_collective, is_wait
 
 _RING_STEP = torch.ops.paracompile.attention_with_lse.default
 _EDGES = AUTOCAST_EDGES | {torch.ops.higher_order.cond}
@@ -59,16 +60,6 @@ def schedule(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModul
 
 def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
-
-
-def is_collective(node: fx.Node) -> bool:
-    """Whether the node starts a collective."""
-    name = str(node.target)
-    return name.startswith("_c10d_functional.") and not is_wait(node)
-
-
-def is_wait(node: fx.Node) -> bool:
-    return node.target is torch.ops._c10d_functional.wait_tensor.default
 
 
 def _scheduled(region: Sequence[fx.Node]) -> list[fx.Node]:

@@ -33,7 +33,8 @@ from torch import Tensor, fx, nn
 from paracompile.mesh import Ranks
 from paracompile.passes import CachePasses, pipeline, run_passes
 from paracompile.passes.first_block_cache import COMPUTE, COND, REUSE
-from paracompile.passes.schedule import is_collective, is_wait, schedule
+from paracompile.passes.schedule import schedule
+from paracompile.patterns.exchanges import is_collective, is_wait
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 ENTER, EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast

@@ -75,6 +75,11 @@ def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
+def is_static(node: fx.Node) -> bool:
+    """Whether a graph input is a parameter or a buffer, as Dynamo says: the same at each call, and on all ranks."""
+    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+
+
 def operations(graph: fx.Graph, rule_for: Callable[[OpOverload[..., Any]], Rule | None]) -> list[Operation]:
     """Every node that computes tensors, in the graph's order."""
     return [

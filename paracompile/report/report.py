@@ -15,6 +15,29 @@ from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 
 
+@dataclass(frozen=True)
+class Compilation:
+    """What compiling a graph took.
+
+    attributes:
+        regions: how many regions one call may run, those of both branches of a conditional counted.
+        different: how many of them were compiled.
+        from_cache: how many of these Inductor's cache on disk held.
+        seconds: the time it took.
+    """
+
+    regions: int
+    different: int
+    from_cache: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.regions} regions, {self.different} different, {self.from_cache} of these from the cache on disk, "
+            f"{self.seconds:.1f} s"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What became of one graph.
@@ -33,6 +56,7 @@ class Report:
         flops_skipped: operations of one rank in these.
         state_bytes: bytes that it stores on a rank for each slot.
         notes: what was gathered on the way, and why.
+        compilation: what compiling took; None where the graph went to the compiler in one piece.
     """
 
     ranks: int
@@ -48,6 +72,7 @@ class Report:
     flops_skipped: int = 0
     state_bytes: int = 0
     notes: tuple[str, ...] = ()
+    compilation: Compilation | None = None
 
     def __str__(self) -> str:
         rows = [("ranks", str(self.ranks))]
@@ -70,6 +95,8 @@ class Report:
                 ("work of a skipped step", f"{rest:.1%} of a step"),
                 ("bytes stored for each slot", f"{self.state_bytes:,}"),
             ]
+        if self.compilation is not None:
+            rows.append(("compiled", str(self.compilation)))
         width = max(len(name) for name, _ in rows)
         return "\n".join([f"{name:<{width}}  {value}" for name, value in rows] + [f"- {note}" for note in self.notes])
 
