@@ -39,10 +39,12 @@ from paracompile.runtime.cached_call import CachedCall, StateLike, graph_compile
 from paracompile.runtime.inputs import InputAgreement
 from paracompile.runtime.slots import CallSigns
 from paracompile.thresholds import default_rdt
+from paracompile.warm_up import warm_up
 
 Compiled = Callable[..., Any]
 
 diffusers.listen()  # torch.compile imports this module, so a pipeline's first step is heard already
+warm_up()
 
 
 def paracompile(

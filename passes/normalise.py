@@ -21,7 +21,7 @@ table of rules covers functions, methods, keywords and operators alike.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -37,6 +37,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import preserve_node_meta
 
 from paracompile.errors import GraphError
+from paracompile.passes.equal_blocks import STAND_IN, fold_equal_blocks, unfold
 from paracompile.patterns.autocast import ENTER_AUTOCAST, EXIT_AUTOCAST
 
 aten = torch.ops.aten
@@ -46,16 +47,12 @@ _RESHAPES = {aten.view.default, aten._unsafe_view.default}
 
 
 def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
-    """Retraces `gm` into functional pre-dispatch ATen with static sizes; `gm` itself is not touched."""
+    """Retraces `gm` into functional pre-dispatch ATen with static sizes; `gm` itself is not touched.
+
+    Of equal blocks one is traced (`equal_blocks`).
+    """
     fake_mode = detect_fake_mode(example_inputs) or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    with fake_mode, _plain_inference():
-        stand_ins = [_stand_in(value) for value in example_inputs]
-        traced = make_fx(
-            lambda *args: _run_functionally(gm, args, example_inputs),
-            tracing_mode="fake",
-            pre_dispatch=True,
-            _allow_non_fake_inputs=True,
-        )(*stand_ins)
+    traced = _trace_folded(gm, example_inputs, fake_mode) or _trace(gm, example_inputs, fake_mode)[0]
     _restore_inputs(gm, traced)
     for node in list(traced.graph.nodes):
         _respell(node)
@@ -63,6 +60,47 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
     traced.graph.lint()
     traced.recompile()
     return traced
+
+
+def _trace_folded(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: FakeTensorMode
+) -> fx.GraphModule | None:
+    """Traces of equal blocks only one; None where there are none, or memory is written to across their edges."""
+    folded = fold_equal_blocks(gm)
+    if folded is None:
+        return None
+    traced, written = _trace(folded.gm, [*example_inputs, *folded.like], fake_mode)
+    bodies = {name: _trace(body, folded.examples(name), fake_mode)[0] for name, body in folded.bodies.items()}
+    if written or any(_shares_memory(body) for body in bodies.values()):
+        return None
+    unfold(traced, folded, bodies)
+    return traced
+
+
+def _shares_memory(body: fx.GraphModule) -> bool:
+    """Whether a traced block writes to its inputs, or hands on one or a view of one."""
+    inputs = body.graph.find_nodes(op="placeholder")
+    (output,) = body.graph.find_nodes(op="output")
+    memory = {node.meta["val"].untyped_storage()._cdata for node in inputs}
+    return any(node.meta["val"].untyped_storage()._cdata in memory for node in output.all_input_nodes) or any(
+        user.target is aten.copy_.default and user.args[0] is node for node in inputs for user in node.users
+    )
+
+
+def _trace(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: FakeTensorMode
+) -> tuple[fx.GraphModule, bool]:
+    """The functional graph, and whether anything was written to what leaves a stand-in."""
+    written: list[bool] = []
+    with fake_mode, _plain_inference():
+        stand_ins = [_stand_in(value) for value in example_inputs]
+        traced = make_fx(
+            lambda *args: _run_functionally(gm, args, example_inputs, written.append),
+            tracing_mode="fake",
+            pre_dispatch=True,
+            _allow_non_fake_inputs=True,
+        )(*stand_ins)
+    return traced, any(written)
 
 
 def _respell(node: fx.Node) -> None:
@@ -130,6 +168,7 @@ class _Interpreter(fx.Interpreter):
         """`regions` closes what is still open when tracing fails."""
         super().__init__(gm)
         self.regions = regions
+        self.from_stand_ins: list[Any] = []
 
     def run_node(self, n: fx.Node) -> Any:
         made = n.meta.get("example_value")
@@ -144,7 +183,10 @@ class _Interpreter(fx.Interpreter):
             return region
         if target is EXIT_AUTOCAST:
             return args[0].close()
-        return super().call_function(target, args, kwargs)
+        made = super().call_function(target, args, kwargs)
+        if target is STAND_IN:
+            self.from_stand_ins.extend(made)
+        return made
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target == "type_as":
@@ -152,14 +194,24 @@ class _Interpreter(fx.Interpreter):
         return super().call_method(target, args, kwargs)
 
 
-def _run_functionally(gm: fx.GraphModule, args: Sequence[Any], example_inputs: Sequence[Any]) -> Any:
-    """Runs `gm` under functionalisation and writes mutated inputs back to `args`."""
+def _run_functionally(
+    gm: fx.GraphModule,
+    args: Sequence[Any],
+    example_inputs: Sequence[Any],
+    written: Callable[[bool], object],
+) -> Any:
+    """Runs `gm` under functionalisation and writes mutated inputs back to `args`.
+
+    `written` is told whether anything was written to what leaves a stand-in.
+    """
     excluded = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
     mode = FunctionalTensorMode(pre_dispatch=True, export=True)
     with torch._C._ExcludeDispatchKeyGuard(excluded), mode:
         inputs = [FunctionalTensor.to_functional(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
         with preserve_node_meta(), contextlib.ExitStack() as regions:
-            outputs = _Interpreter(gm, regions).run(*inputs)
+            interpreter = _Interpreter(gm, regions)
+            outputs = interpreter.run(*inputs)
+        written(any(map(has_data_mutation, interpreter.from_stand_ins)))
         outputs = pytree.tree_map_only(FunctionalTensor, _unwrap, outputs)
         mutated = {
             index: _unwrap(value)

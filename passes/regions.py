@@ -8,8 +8,8 @@
     return linear(norm(h3), w3)                   return self.end(h3, w3)
 
 Each submodule takes its inputs in the order in which it reads them, whatever they are called outside, so that equal
-blocks make equal submodules; then each is compiled once. Neighbours of which each is met only once are one region: there
-is nothing to share, and the compiler sees them together.
+blocks make equal submodules; then each is compiled once. What is of no block joins the region before it, where that is
+met only once: nothing is lost by it.
 
 What remains calls submodules and takes their results, and is run by `paracompile.runtime.program`.
 """
@@ -44,11 +44,11 @@ def cut_into_regions(
         along_blocks: False: cut at conditionals only, so that each part is compiled in one piece.
     """
     graphs = _Graphs.of(gm, example_inputs)
-    pieces = {part: _pieces(graphs, part, along_blocks) for part in graphs.parts}
-    count = Counter(body.signature for bodies in pieces.values() for body in bodies if body is not None)
+    found = [cut_along_blocks(part.graph, COND, graphs.look) for part in graphs.parts]
+    count = Counter(body.signature for bodies in found for body in bodies if body is not None)
     submodules = _Submodules(graphs)
-    for part, bodies in pieces.items():
-        _write(part, _join_single(bodies, count), submodules)
+    for part, bodies in zip(graphs.parts, found, strict=True):
+        _write(part, _joined(bodies, count, along_blocks), submodules)
     return gm
 
 
@@ -120,31 +120,17 @@ class _Graphs:
         return look_of(self.example(node)), node in self.static
 
 
-def _pieces(graphs: _Graphs, part: fx.GraphModule, along_blocks: bool) -> list[Body | None]:
-    """The regions of one graph; None for a conditional, which stays."""
-    bodies: list[Body | None] = []
-    for nodes in cut_along_blocks(part.graph, COND):
-        if nodes[0].target is COND:
-            bodies.append(None)
-        elif bodies and bodies[-1] is not None and not along_blocks:
-            bodies[-1] = Body((*bodies[-1].nodes, *nodes), graphs.look)
-        else:
-            bodies.append(Body(tuple(nodes), graphs.look))
-    return bodies
-
-
-def _join_single(bodies: Sequence[Body | None], count: Counter[tuple[object, ...]]) -> list[Body | None]:
-    """Joins neighbours that are met only once."""
+def _joined(bodies: Sequence[Body | None], count: Counter[tuple[object, ...]], along_blocks: bool) -> list[Body | None]:
+    """Joins what is of no block with the region before it, where that is met only once; or (not along blocks) all."""
     joined: list[Body | None] = []
-    single = False
+    shared = False
     for body in bodies:
-        alone = body is not None and count[body.signature] == 1
         last = joined[-1] if joined else None
-        if body is not None and last is not None and alone and single:
-            joined[-1] = Body((*last.nodes, *body.nodes), body.looks)
-        else:
-            joined.append(body)
-        single = alone
+        if body is not None and last is not None and not (along_blocks and (shared or body.block is not None)):
+            joined[-1] = Body((*last.nodes, *body.nodes), body.block, body.looks)
+            continue
+        joined.append(body)
+        shared = body is not None and count[body.signature] > 1
     return joined
 
 

@@ -37,7 +37,9 @@ def dispatch_on_subclasses(gm: fx.GraphModule, example_inputs: Sequence[Any]) ->
 
 
 def _respell(gm: fx.GraphModule, special: set[fx.Node]) -> None:
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
-        if special & set(node.all_input_nodes):
-            node.target = torch.nn.functional.linear
-    gm.recompile()
+    linears = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    asking = [node for node in linears if special & set(node.all_input_nodes)]
+    for node in asking:
+        node.target = torch.nn.functional.linear
+    if asking:
+        gm.recompile()

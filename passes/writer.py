@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from paracompile.patterns.regions import look_of
 
 _PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "cache_part")
 
@@ -24,15 +27,23 @@ class GraphWriter:
         self.graph = fx.Graph() if graph is None else graph
         self.origin: fx.Node | None = None
         self._fake_mode = fake_mode
+        self._known: dict[str, Any] = {}
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Appends `target(*args, **kwargs)`; nodes among the arguments stand for their values."""
         node = self.graph.call_function(target, args, kwargs)
-        fakes, fake_kwargs = fx.map_arg((args, kwargs), lambda argument: argument.meta["val"])
-        with self._fake_mode, torch.inference_mode(False), torch.no_grad():
-            node.meta["val"] = target(*fakes, **fake_kwargs)
+        node.meta["val"] = self._evaluate(target, *fx.map_arg((args, kwargs), lambda argument: argument.meta["val"]))
         self._mark(node)
         return node
+
+    def _evaluate(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `target` makes of fake tensors; of equal blocks it is computed once."""
+        autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+        key = repr((str(target), autocast, tree_map_only(torch.Tensor, look_of, (args, kwargs))))
+        if key not in self._known:
+            with self._fake_mode, torch.inference_mode(False), torch.no_grad():
+                self._known[key] = target(*args, **kwargs)
+        return self._known[key]
 
     def copy(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         """Appends a node as it stands in another graph, with other arguments of the same shapes."""

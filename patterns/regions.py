@@ -17,9 +17,11 @@ come from; see `Body.signature`. Nothing is mutated.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from paracompile.errors import module_paths
 from paracompile.layout.graph import is_tensor
 from paracompile.patterns.autocast import AUTOCAST_EDGES, ENTER_AUTOCAST, EXIT_AUTOCAST
 from paracompile.patterns.blocks import find_blocks
@@ -48,10 +51,12 @@ class Body:
 
     attributes:
         nodes: its nodes, in order.
+        block: the path of the block that it ends with; None where it is of none.
         looks: how a value from outside looks, see `look_of`.
     """
 
     nodes: tuple[fx.Node, ...]
+    block: str | None
     looks: Callable[[fx.Node], object]
 
     @cached_property
@@ -118,24 +123,29 @@ def look_of(example: Any) -> object:
     )
 
 
-def cut_along_blocks(graph: fx.Graph, edge: object) -> list[list[fx.Node]]:
-    """The nodes of `graph` that compute something, region by region, in an order in which they can run.
+def cut_along_blocks(graph: fx.Graph, edge: object, looks: Callable[[fx.Node], object]) -> list[Body | None]:
+    """The regions of `graph`, in an order in which they can run; None stands for a node with the operator `edge`.
 
     args:
-        edge: an operator that stands between regions, by itself with the `getitem` of its results.
+        edge: an operator that stands between regions, by itself.
+        looks: how an input of a region looks, see `look_of`.
     """
-    owner = {node: index for index, block in enumerate(find_blocks(graph)) for node in block.nodes}
-    regions: list[list[fx.Node]] = []
+    owner = {node: block.path for block in find_blocks(graph) for node in block.nodes}
+    bodies: list[Body | None] = []
     run: list[fx.Node] = []
     for node in _with_results(graph):
         if node.target is edge:
-            regions += [*_regions(run, owner), [node]]
+            bodies += [*_bodies(run, owner, looks), None]
             run = []
-        elif _producer(node).target is edge:
-            regions[-1].append(node)
-        else:
+        elif _producer(node).target is not edge:
             run.append(node)
-    return regions + _regions(run, owner)
+    return bodies + _bodies(run, owner, looks)
+
+
+def _bodies(
+    run: Sequence[fx.Node], owner: Mapping[fx.Node, str], looks: Callable[[fx.Node], object]
+) -> list[Body | None]:
+    return [Body(tuple(nodes), owner.get(_producer(nodes[-1])), looks) for nodes in _regions(run, owner)]
 
 
 def _with_results(graph: fx.Graph) -> list[fx.Node]:
@@ -158,47 +168,101 @@ def _producer(node: fx.Node) -> fx.Node:
     return source
 
 
-def _regions(order: Sequence[fx.Node], owner: dict[fx.Node, int]) -> list[list[fx.Node]]:
-    """The regions of a run of nodes."""
-    blocks = [owner.get(_producer(node)) for node in order]
+def _regions(order: Sequence[fx.Node], owner: Mapping[fx.Node, str]) -> list[list[fx.Node]]:
+    """The regions of a run of nodes; `owner` says which block a node is of."""
+    blocks = {node: owner.get(_producer(node)) for node in order}
     early = _early(order, blocks)
-    regions = [[node for node, first in zip(order, early, strict=True) if first]]
-    rest = [(node, block) for node, block, first in zip(order, blocks, early, strict=True) if not first]
-    last = {block: place for place, (_, block) in enumerate(rest) if block is not None}
+    rest = [node for node in order if node not in early]
+    ends = _ends(rest, blocks)
+    ahead = _ahead(rest, blocks, ends)
+    regions = [[node for node in order if node in early]]
     start = 0
-    for end in sorted(place + 1 for place in last.values()):
-        middle = next(place for place in range(start, end) if rest[place][1] is not None)
-        regions += [[node for node, _ in rest[start:middle]], [node for node, _ in rest[middle:end]]]
+    for block, last in sorted(ends.items(), key=operator.itemgetter(1)):
+        end = last + 1
+        first, inside = _moved(rest[start:end], {node for node in ahead if blocks[node] == block})
+        middle = next(place for place, node in enumerate(inside) if blocks[node] is not None)
+        regions[-1] += first
+        regions += [inside[:middle], inside[middle:]]
         start = end
-    regions.append([node for node, _ in rest[start:]])
+    regions.append(rest[start:])
     return _join_where_pending([region for region in regions if region])
 
 
-def _early(order: Sequence[fx.Node], blocks: Sequence[int | None]) -> list[bool]:
-    """For each node whether it belongs before the first block, though it may stand inside one.
+def _ends(order: Sequence[fx.Node], blocks: Mapping[fx.Node, str | None]) -> dict[str, int]:
+    """The place of the last node of each block."""
+    return {block: place for place, node in enumerate(order) if (block := blocks[node]) is not None}
 
-    So do nodes of no block that stand before the end of the first one and do not depend on it, and what a block only
-    happens to be the first to ask for: it depends on no block, and other blocks read it as well.
+
+def _early(order: Sequence[fx.Node], blocks: Mapping[fx.Node, str | None]) -> set[fx.Node]:
+    """What belongs before the first block, though it may stand inside one.
+
+    It depends on no block, and is of none and stands before the end of the first, or is of a block that only happens to
+    be the first to ask for it: others read it as well.
     """
-    first = next((block for block in blocks if block is not None), None)
-    if first is None:
-        return [False] * len(order)
-    end = max(place for place, block in enumerate(blocks) if block == first)
+    ends = _ends(order, blocks)
+    if not ends:
+        return set()
+    end = ends[next(block for node in order if (block := blocks[node]) is not None)]
+    early: set[fx.Node] = set()
     late: set[fx.Node] = set()
-    owner = dict(zip(order, blocks, strict=True))
+    for place, (node, fixed) in enumerate(_with_fixed(order)):
+        if _takes_result(node):
+            wanted = _producer(node) in early
+        elif blocks[node] is None:
+            wanted = place < end
+        else:
+            wanted = any(blocks.get(reader) != blocks[node] for reader in _readers(node))
+        stays = not wanted or (fixed and late) or any(source in late for source in node.all_input_nodes)
+        (late if stays else early).add(node)
+    return early
+
+
+def _with_fixed(order: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, bool]]:
+    """Each node, and whether it must not pass others."""
     within = 0  # autocast regions that are open
-    for place, node in enumerate(order):
+    for node in order:
         within += (node.target is ENTER_AUTOCAST) - (node.target is EXIT_AUTOCAST)
-        producer = _producer(node)
-        shared = producer is not node and producer not in late
-        if not shared and blocks[place] is None:
-            shared = place < end
-        elif not shared:
-            shared = any(owner.get(reader) != blocks[place] for reader in _readers(node))
-        fixed = within or node.target in AUTOCAST_EDGES or is_collective(node) or is_wait(node) or writes(node)
-        if not shared or (fixed and late) or any(source in late for source in node.all_input_nodes):
+        yield node, bool(within) or node.target in AUTOCAST_EDGES or is_collective(node) or is_wait(node) or writes(node)
+
+
+def _ahead(
+    order: Sequence[fx.Node], blocks: Mapping[fx.Node, str | None], ends: Mapping[str, int]
+) -> set[fx.Node]:
+    """The nodes whose likes, in other blocks of the list, stand within the block before.
+
+    So does what is made of the time alone: `schedule` puts it under an exchange of the block before, where there is one.
+    """
+    by_end = sorted(ends.items(), key=operator.itemgetter(1))
+    end_before = {block: end for (_, end), (block, _) in pairwise([("", -1), *by_end])}
+    met: Counter[object] = Counter()
+    alike: dict[object, list[fx.Node]] = {}
+    ahead: set[object] = set()
+    for place, node in enumerate(order):
+        block = blocks[node]
+        if block is None:
+            continue
+        within = next((path for path in reversed(module_paths(node)) if path.startswith(block)), block)
+        kind = block.rpartition(".")[0], within.removeprefix(block), str(node.target)
+        met[block, kind] += 1
+        likeness = kind, met[block, kind]
+        alike.setdefault(likeness, []).append(node)
+        if place < end_before[block]:
+            ahead.add(likeness)
+    return {node for likeness in ahead for node in alike[likeness]}
+
+
+def _moved(run: Sequence[fx.Node], ahead: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Of the run up to a block's end, what of `ahead` may stand before it, and the rest."""
+    first: list[fx.Node] = []
+    rest: list[fx.Node] = []
+    late: set[fx.Node] = set()
+    for node, fixed in _with_fixed(run):
+        if node in ahead and not fixed and not any(source in late for source in node.all_input_nodes):
+            first.append(node)
+        else:
             late.add(node)
-    return [node not in late for node in order]
+            rest.append(node)
+    return first, rest
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:

@@ -25,7 +25,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import paracompile.backend as backend_module
+from paracompile import compiler
 from paracompile.backend import comparable, paracompile
 from paracompile.errors import OptionError, ParacompileError
 from paracompile.mesh import Ranks
@@ -53,7 +53,7 @@ def inductor(monkeypatch: pytest.MonkeyPatch) -> list[Given]:
         given.append((gm, config_patches or {}))
         return gm.forward
 
-    monkeypatch.setattr(backend_module, "compile_fx", compile_fx)
+    monkeypatch.setattr(compiler, "compile_fx", compile_fx)
     return given
 
 
@@ -265,11 +265,20 @@ def test_dump_on_one_rank(model: type[nn.Module], tmp_path: Path) -> None:
     names = ["captured"]
     if model is Masked:
         names += ["normalise", "static_lengths", "drop_masked_keys", "schedule", "dispatch_on_subclasses"]
+        names += ["cut_into_regions"]
     files = [f"{number:02d}_{name}.py" for number, name in enumerate(names)]
     assert folders(tmp_path / "new" / "folder") == {"graph_0_0/rank_0": files}
 
 
-PASSES = ("normalise", "static_lengths", "context_parallel", "drop_masked_keys", "schedule", "dispatch_on_subclasses")
+PASSES = (
+    "normalise",
+    "static_lengths",
+    "context_parallel",
+    "drop_masked_keys",
+    "schedule",
+    "dispatch_on_subclasses",
+    "cut_into_regions",
+)
 
 
 @pytest.mark.usefixtures("two_ranks")

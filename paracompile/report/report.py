@@ -72,7 +72,7 @@ class Report:
     flops_skipped: int = 0
     state_bytes: int = 0
     notes: tuple[str, ...] = ()
-    compilation: Compilation | None = None
+    compilation: Compilation | None = field(default=None, compare=False)  # it tells a time
 
     def __str__(self) -> str:
         rows = [("ranks", str(self.ranks))]
