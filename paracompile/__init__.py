@@ -3,6 +3,7 @@
 `torch.compile(transformer, backend="paracompile", options={"mesh": mesh})`; see `paracompile.options.Options`.
 """
 
+from paracompile.artifacts import load_compiled, save_compiled
 from paracompile.cache import cache_context, cache_stats, reset_cache, set_rdt
 from paracompile.errors import GraphError, OptionError, ParacompileError, RankError
 from paracompile.mesh import init_mesh
@@ -19,6 +20,8 @@ __all__ = [
     "cache_context",
     "cache_stats",
     "init_mesh",
+    "load_compiled",
     "reset_cache",
+    "save_compiled",
     "set_rdt",
 ]

@@ -18,6 +18,7 @@ from torch._guards import CompileContext
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from paracompile.artifacts import Compiled, note_compiled
 from paracompile.compiler import compile_regions, compile_whole
 from paracompile.errors import ParacompileError
 from paracompile.integrations import diffusers
@@ -32,6 +33,7 @@ from paracompile.passes.context_parallel import flops_of
 from paracompile.passes.first_block_cache import COMPUTE
 from paracompile.patterns.blocks import find_blocks
 from paracompile.patterns.rules import rule_for
+from paracompile.recompiles import make_room
 from paracompile.report.dump import Dump
 from paracompile.report.report import Report, report_of
 from paracompile.runtime.agreement import Agreement
@@ -41,7 +43,7 @@ from paracompile.runtime.slots import CallSigns
 from paracompile.thresholds import default_rdt
 from paracompile.warm_up import warm_up
 
-Compiled = Callable[..., Any]
+Callback = Callable[..., Any]
 
 diffusers.listen()  # torch.compile imports this module, so a pipeline's first step is heard already
 warm_up()
@@ -49,11 +51,11 @@ warm_up()
 
 def paracompile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
-) -> Compiled:
+) -> Callback:
     """The backend: `torch.compile(model, backend="paracompile", options=options)`; see `Options` for the options.
 
-    On several ranks the graph is sharded, and all agree on the graph, the options and the plan before any of them runs a
-    collective. On one rank it goes to the compiler as it is, unless it has repeated blocks, attention masks that only
+    On several ranks the graph is sharded, and all agree on the graph, the options and the plan before any of them runs
+    a collective. On one rank it goes to the compiler as it is, unless it has repeated blocks, attention masks that only
     hide keys, or blocks are to be skipped.
 
     raises:
@@ -70,11 +72,10 @@ def paracompile(
     graph_compiled([value for value in example_inputs if isinstance(value, nn.Parameter)], caches=chosen.caches)
     dump = Dump(chosen.dump, _compile_name(), ranks.flat_rank)
     dump("captured", gm)
-    if ranks.is_single and not chosen.caches and not _gains(gm, example_inputs, chosen):
-        compiled = compile_whole(gm, example_inputs, chosen, {})
-        if chosen.report is not None:
-            chosen.report(Report(ranks=1))
-        return compiled
+    note_compiled(Compiled.of(*_identity(gm, example_inputs), ranks))
+    optional = ranks.is_single and not chosen.caches
+    if optional and not _gains(gm, example_inputs, chosen):
+        return _whole(gm, example_inputs, chosen)
 
     lengths = None if chosen.shard_inputs else _lengths(gm, ranks, agreement)
     with agreement.stage("plan") as facts:
@@ -99,11 +100,17 @@ def paracompile(
             cache=_cache_passes(chosen, layouts.append) if chosen.caches else None,
             regions=chosen.regions,
         )
-        local = run_passes(gm, example_inputs, passes, after=after)
+        try:
+            local = run_passes(gm, example_inputs, passes, after=after)
+        except Exception as error:
+            if not optional:
+                raise
+            warnings.warn(f"paracompile: this graph is compiled in one piece, for {error}", stacklevel=2)
+            return _whole(gm, example_inputs, chosen)
         facts["plan"] = "\n".join([*map(describe, plans), *(str(layout.skipped) for layout in layouts)])
     with agreement.stage("compile"):
         compiled, compilation = compile_regions(local, chosen, {} if ranks.is_single else inductor_settings())
-        _warn_at_recompile_limit()
+    make_room()
     if chosen.caches and not layouts:
         warnings.warn(_NO_BLOCKS, stacklevel=2)
     if chosen.report is not None:
@@ -126,6 +133,20 @@ def paracompile(
         static=tuple(index for index, node in _placeholders(gm) if is_static(node)),
         signs=_signs(gm, layout),
     )
+
+
+def _whole(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callback:
+    """A graph of which nothing is changed."""
+    compiled = compile_whole(gm, example_inputs, options, {})
+    if options.report is not None:
+        options.report(Report(ranks=1))
+    return compiled
+
+
+def _identity(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[str, list[torch.Tensor]]:
+    """The class of the module that a graph is of, and its weights."""
+    weights = [value for (_, node), value in zip(_placeholders(gm), example_inputs, strict=True) if is_static(node)]
+    return next(iter(_classes(gm)), "a function"), weights
 
 
 _NO_BLOCKS = (
@@ -296,17 +317,3 @@ def _check_gradients(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
 def _compile_name() -> str:
     identity = CompileContext.current_compile_id()
     return "graph_" + ("0" if identity is None else str(identity).replace("/", "_"))
-
-
-def _warn_at_recompile_limit() -> None:
-    """The last compile that Dynamo allows a function: whatever comes next runs plainly, whole on every rank."""
-    identity = CompileContext.current_compile_id()
-    count = getattr(identity, "frame_compile_id", None)
-    limit = torch._dynamo.config.recompile_limit
-    if count is not None and count + 1 >= limit:
-        warnings.warn(
-            f"paracompile: this is compile {count + 1} of one model, and torch._dynamo.config.recompile_limit is "
-            f"{limit}: with inputs of yet another shape the model would run plainly, uncompiled and not sharded. Raise "
-            "the limit, or use fewer different resolutions and prompt lengths.",
-            stacklevel=2,
-        )

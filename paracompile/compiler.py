@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext, detect_fake_mode, tracing
@@ -29,9 +28,7 @@ log = logging.getLogger(__name__)
 Compiled = Callable[..., Any]
 
 
-def compile_regions(
-    gm: fx.GraphModule, options: Options, defaults: Mapping[str, Any]
-) -> tuple[Program, Compilation]:
+def compile_regions(gm: fx.GraphModule, options: Options, defaults: Mapping[str, Any]) -> tuple[Program, Compilation]:
     """Compiles a graph that `cut_into_regions` cut.
 
     args:
@@ -76,7 +73,7 @@ def _boxed(compiled: Compiled) -> Boxed:
     AOTAutograd makes a function that empties such a list, so that memory is free as early as it can be, and wraps it in
     functions that take `*args` and hold them until it returns.
     """
-    inner = compiled
+    inner: Any = compiled
     while inspect.isfunction(inner) and inner.__code__.co_flags & inspect.CO_VARARGS:
         inner = getattr(inner, "__wrapped__", None)
     if inspect.isfunction(inner) and getattr(inner, "_boxed_call", False):

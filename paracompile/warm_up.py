@@ -1,8 +1,8 @@
 """Asks early what Inductor asks late.
 
-Before it writes its first kernel for a CPU, Inductor compiles and runs small programs to learn which vector instructions
-there are: 7 seconds on a new machine, one afterwards, in which Python has nothing to do. A thread asks as soon as the
-backend is loaded, so that the answer is there when Dynamo has traced the model.
+Before it writes its first kernel for a CPU, Inductor compiles and runs small programs to learn which vector
+instructions there are: 7 seconds on a new machine, one afterwards, in which Python has nothing to do. A thread asks as
+soon as the backend is loaded, so that the answer is there when Dynamo has traced the model.
 """
 
 from __future__ import annotations

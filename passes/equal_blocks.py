@@ -6,8 +6,8 @@
 
 Blocks are modules in lists (`patterns.blocks`), equal if they compute the same on inputs that look alike
 (`patterns.regions`). A block is folded only if it stands by itself: its nodes follow each other, only tensors of known
-sizes enter and leave, and no autocast region is open around it. The caller checks what only tracing shows: that it writes
-to none of its inputs and hands none of them on, and that nobody writes to what leaves it.
+sizes enter and leave, and no autocast region is open around it. The caller checks what only tracing shows: that it
+writes to none of its inputs and hands none of them on, and that nobody writes to what leaves it.
 """
 
 from __future__ import annotations
@@ -27,15 +27,19 @@ from paracompile.patterns.regions import Body, look_of
 
 __all__ = ["STAND_IN", "Folded", "fold_equal_blocks", "unfold"]
 
-_library = torch.library.Library("paracompile", "FRAGMENT")
-_library.define("block(Tensor[] inputs, Tensor[] like, str name) -> Tensor[]")
-STAND_IN = torch.ops.paracompile.block.default
-"""What stands for a block while the rest is traced: new tensors, like those given. It is never run."""
+
+@torch.library.custom_op("paracompile::block", mutates_args=())
+def block(inputs: list[Tensor], like: list[Tensor], name: str) -> list[Tensor]:
+    """What stands for a block while the rest is traced: new tensors, like those given. It is never run."""
+    raise NotImplementedError
 
 
-@torch.library.register_fake("paracompile::block", lib=_library)
-def _(inputs: Sequence[Tensor], like: Sequence[Tensor], name: str) -> list[Tensor]:
+@block.register_fake
+def _(inputs: list[Tensor], like: list[Tensor], name: str) -> list[Tensor]:
     return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in like]
+
+
+STAND_IN = torch.ops.paracompile.block.default
 
 
 @dataclass(frozen=True)

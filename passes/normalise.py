@@ -87,9 +87,7 @@ def _shares_memory(body: fx.GraphModule) -> bool:
     )
 
 
-def _trace(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: FakeTensorMode
-) -> tuple[fx.GraphModule, bool]:
+def _trace(gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: FakeTensorMode) -> tuple[fx.GraphModule, bool]:
     """The functional graph, and whether anything was written to what leaves a stand-in."""
     written: list[bool] = []
     with fake_mode, _plain_inference():

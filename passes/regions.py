@@ -21,9 +21,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -35,9 +35,7 @@ from paracompile.patterns.regions import Body, cut_along_blocks, look_of
 __all__ = ["cut_into_regions", "examples_of", "regions_of"]
 
 
-def cut_into_regions(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, along_blocks: bool = True
-) -> fx.GraphModule:
+def cut_into_regions(gm: fx.GraphModule, example_inputs: Sequence[Any], *, along_blocks: bool = True) -> fx.GraphModule:
     """The graph of calls.
 
     args:
@@ -91,7 +89,7 @@ class _Graphs:
         fake_mode = detect_fake_mode([node.meta["val"] for node in inputs])
         assert fake_mode is not None
         examples = {
-            node: fake_mode.from_tensor(value, static_shapes=True)
+            node: fake_mode.from_tensor(cast(Tensor, value), static_shapes=True)
             for node, value in zip(inputs, example_inputs, strict=False)  # inputs of our own come last
             if is_traceable_wrapper_subclass(value)  # for which a plain tensor stands in
         }

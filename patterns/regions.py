@@ -103,15 +103,15 @@ class Body:
 
 def look_of(example: Any) -> object:
     """What compiled code relies on in an input: all but its values and where it lies."""
-    if not isinstance(example, torch.Tensor):
-        return type(example).__name__, repr(example)
-    size, strides = tuple(example.shape), example.stride()
-    inner: object = None
+    inner: object
     if is_traceable_wrapper_subclass(example):
-        names, context = example.__tensor_flatten__()  # type: ignore[attr-defined]
+        names, context = example.__tensor_flatten__()
         inner = (repr(context), *((name, look_of(getattr(example, name))) for name in names))
+    elif not isinstance(example, torch.Tensor):
+        return type(example).__name__, repr(example)
     else:
         inner = example.storage_offset() * example.element_size() % _ALIGNMENT
+    size, strides = tuple(example.shape), example.stride()
     return (
         type(example).__name__,
         size,
@@ -222,15 +222,16 @@ def _with_fixed(order: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, bool]]:
     within = 0  # autocast regions that are open
     for node in order:
         within += (node.target is ENTER_AUTOCAST) - (node.target is EXIT_AUTOCAST)
-        yield node, bool(within) or node.target in AUTOCAST_EDGES or is_collective(node) or is_wait(node) or writes(node)
+        yield (
+            node,
+            bool(within) or node.target in AUTOCAST_EDGES or is_collective(node) or is_wait(node) or writes(node),
+        )
 
 
-def _ahead(
-    order: Sequence[fx.Node], blocks: Mapping[fx.Node, str | None], ends: Mapping[str, int]
-) -> set[fx.Node]:
+def _ahead(order: Sequence[fx.Node], blocks: Mapping[fx.Node, str | None], ends: Mapping[str, int]) -> set[fx.Node]:
     """The nodes whose likes, in other blocks of the list, stand within the block before.
 
-    So does what is made of the time alone: `schedule` puts it under an exchange of the block before, where there is one.
+    So does what is made of the time alone: `schedule` puts it under an exchange of the block before, if there is one.
     """
     by_end = sorted(ends.items(), key=operator.itemgetter(1))
     end_before = {block: end for (_, end), (block, _) in pairwise([("", -1), *by_end])}

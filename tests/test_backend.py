@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -337,24 +336,6 @@ def test_wanted_gradients_are_declined(compiler: str) -> None:
 def test_no_attention_is_an_error_on_several_ranks() -> None:
     with pytest.raises(BackendCompilerFailed, match="no scaled_dot_product_attention"):
         call(torch.sin, draw(BATCH, IMAGE), compiler="eager")
-
-
-@pytest.mark.usefixtures("two_ranks")
-def test_the_last_compile_that_dynamo_allows_is_told() -> None:
-    compiled = torch.compile(randomise(Transformer()), backend="paracompile", options={"compiler": "eager"})
-    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            compiled(draw(BATCH, IMAGE, 10))
-        with pytest.warns(UserWarning, match=r"compile 2 of one model.*recompile_limit is 2.*not sharded"):
-            compiled(draw(BATCH, IMAGE + 4, 10))
-
-
-def test_no_such_warning_on_one_rank() -> None:
-    compiled = torch.compile(randomise(Transformer()), backend="paracompile", options={"compiler": "eager"})
-    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        compiled(image_tokens())
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])

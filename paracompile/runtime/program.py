@@ -90,9 +90,9 @@ class Program:
             given = [slots[place] for place in call.given]
             for place in call.gone:
                 slots[place] = None
-            for place, result in zip(call.made, call.run(given), strict=True):
-                if place is not None:
-                    slots[place] = result
+            for made, result in zip(call.made, call.run(given), strict=True):
+                if made is not None:
+                    slots[made] = result
         return tuple(None if place is None else slots[place] for place in self._outputs)
 
 
