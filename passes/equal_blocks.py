@@ -66,16 +66,17 @@ class Folded:
 def fold_equal_blocks(gm: fx.GraphModule) -> Folded | None:
     """Puts stand-ins in the place of blocks that have an equal; None if there are none. `gm` is not touched."""
     found = [body for body in _bodies(gm.graph) if body is not None]
-    count = Counter(body.signature for body in found)
-    repeated = [body for body in found if count[body.signature] > 1]
+    signatures = {body: body.signature(_look) for body in found}
+    count = Counter(signatures.values())
+    repeated = [body for body in found if count[signatures[body]] > 1]
     if not repeated:
         return None
     names: dict[tuple[object, ...], str] = {}
     bodies: dict[str, fx.GraphModule] = {}
     likes: dict[str, tuple[Tensor, ...]] = {}
     for body in repeated:
-        if body.signature not in names:
-            name = names[body.signature] = str(len(names))
+        if signatures[body] not in names:
+            name = names[signatures[body]] = str(len(names))
             bodies[name] = _as_graph(body)
             likes[name] = tuple(node.meta["example_value"] for node in body.outputs)
     graph = fx.Graph()
@@ -88,7 +89,7 @@ def fold_equal_blocks(gm: fx.GraphModule) -> Folded | None:
     for node in gm.graph.nodes:
         if node in starts:
             body = starts[node]
-            name = names[body.signature]
+            name = names[signatures[body]]
             stand_in = graph.call_function(STAND_IN, ([outer[source] for source in body.inputs], like[name], name))
             for place, output in enumerate(body.outputs):
                 outer[output] = graph.call_function(operator.getitem, (stand_in, place))
@@ -130,7 +131,7 @@ def _bodies(graph: fx.Graph) -> list[Body | None]:
     order = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     place = {node: number for number, node in enumerate(order)}
     blocks = (tuple(node for node in block.nodes if node in place) for block in find_blocks(graph))  # weights left out
-    bodies = [_body(Body(nodes, None, _look), place) for nodes in blocks if nodes]
+    bodies = [_body(Body(nodes, None), place) for nodes in blocks if nodes]
     folded = {node for body in bodies if body is not None for node in body.nodes}
     if any(node.target in AUTOCAST_EDGES and node not in folded for node in order):
         return []

@@ -1,15 +1,19 @@
 """Cuts the graph into regions along its blocks; equal regions become one submodule that is called many times.
 
     before                                        after
-    h0 = linear(x, w)                             h0 = self.begin(x, w)
+    h0 = linear(x, w)                             h0 = self.region(x, w)
     h1 = h0 + linear(norm(h0), w0)                h1 = self.blocks_0(h0, w0)
     h2 = h1 + linear(norm(h1), w1)                h2 = self.blocks_0(h1, w1)
     cond(hit, reuse, compute, (h2, ...))          cond(hit, reuse, compute, (h2, ...))      (its branches are cut alike)
-    return linear(norm(h3), w3)                   return self.end(h3, w3)
+    return linear(norm(h3), w3)                   return self.region_2(h3, w3)
 
 Each submodule takes its inputs in the order in which it reads them, whatever they are called outside, so that equal
 blocks make equal submodules; then each is compiled once. What is of no block joins the region before it, where that is
 met only once: nothing is lost by it.
+
+How a value lies in memory at the edge of a region is stated: contiguous, if the region computes it, so that a stream
+does not keep the layout of what it was patched from through all blocks; where it is a view (a slice of a larger result)
+as it is, so that nothing is copied. What the next region is compiled with is what fake tensors say of the one before.
 
 What remains calls submodules and takes their results, and is run by `paracompile.runtime.program`.
 """
@@ -23,30 +27,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from paracompile.errors import module_paths
+from paracompile.errors import GraphError, module_paths
 from paracompile.layout.graph import is_static
 from paracompile.passes.first_block_cache import COND
-from paracompile.patterns.regions import Body, cut_along_blocks, look_of
+from paracompile.patterns.regions import Body, cut_along_blocks, is_view, look_of
 
 __all__ = ["cut_into_regions", "examples_of", "regions_of"]
 
 
 def cut_into_regions(gm: fx.GraphModule, example_inputs: Sequence[Any], *, along_blocks: bool = True) -> fx.GraphModule:
-    """The graph of calls.
+    """The graph of calls, in place.
 
     args:
         along_blocks: False: cut at conditionals only, so that each part is compiled in one piece.
     """
-    graphs = _Graphs.of(gm, example_inputs)
-    found = [cut_along_blocks(part.graph, COND, graphs.look) for part in graphs.parts]
-    count = Counter(body.signature for bodies in found for body in bodies if body is not None)
-    submodules = _Submodules(graphs)
-    for part, bodies in zip(graphs.parts, found, strict=True):
-        _write(part, _joined(bodies, count, along_blocks), submodules)
+    _Cutter(gm, example_inputs, along_blocks).run()
     return gm
 
 
@@ -55,12 +56,10 @@ def regions_of(gm: fx.GraphModule) -> dict[fx.GraphModule, int]:
     found: Counter[fx.GraphModule] = Counter()
     for node in gm.graph.nodes:
         if node.op == "call_module":
-            region = gm.get_submodule(node.target)
-            assert isinstance(region, fx.GraphModule)
-            found[region] += 1
+            found[_submodule(gm, node.target)] += 1
         elif node.target is COND:
             for branch in node.args[1:3]:
-                found.update(regions_of(gm.get_submodule(branch.target)))  # type: ignore[arg-type]
+                found.update(regions_of(_submodule(gm, branch.target)))
     return dict(found)
 
 
@@ -70,93 +69,159 @@ def examples_of(region: fx.GraphModule) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class _Graphs:
-    """A graph and the branches of its conditionals.
+class _Region:
+    """A region as a submodule.
 
     attributes:
-        parts: the graph, then the branches.
-        examples: by input of any of them, what it is compiled with, where that is a tensor subclass.
-        static: those of the inputs that are parameters or buffers, with what Dynamo says of them.
+        name: what it is called.
+        module: what it computes.
+        results: fake tensors like its results.
     """
 
-    parts: list[fx.GraphModule]
-    examples: dict[fx.Node, Any]
-    static: dict[fx.Node, Any]
+    name: str
+    module: fx.GraphModule
+    results: tuple[Tensor, ...]
 
-    @classmethod
-    def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> _Graphs:
+
+class _Cutter:
+    """Cuts a graph and the branches of its conditionals, in the order in which they run."""
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], along_blocks: bool) -> None:
+        self.gm = gm
+        self.along_blocks = along_blocks
         inputs = gm.graph.find_nodes(op="placeholder")
         fake_mode = detect_fake_mode([node.meta["val"] for node in inputs])
         assert fake_mode is not None
-        examples = {
-            node: fake_mode.from_tensor(cast(Tensor, value), static_shapes=True)
-            for node, value in zip(inputs, example_inputs, strict=False)  # inputs of our own come last
-            if is_traceable_wrapper_subclass(value)  # for which a plain tensor stands in
-        }
-        found = cls([gm], examples, {node: node.meta["tensor_dict"] for node in inputs if is_static(node)})
-        for conditional in gm.graph.find_nodes(op="call_function", target=COND):
-            _, *branches, operands = conditional.args
-            for branch in branches:
-                found._add(gm.get_submodule(branch.target), operands)
-        return found
-
-    def _add(self, branch: nn.Module, operands: Sequence[fx.Node]) -> None:
-        assert isinstance(branch, fx.GraphModule)
-        self.parts.append(branch)
-        for operand, node in zip(operands, branch.graph.find_nodes(op="placeholder"), strict=True):
-            if operand in self.examples:
-                self.examples[node] = self.examples[operand]
-            if operand in self.static:
-                self.static[node] = self.static[operand]
-
-    def example(self, node: fx.Node) -> Any:
-        if node.op == "get_attr":
-            return getattr(node.graph.owning_module, str(node.target))
-        return self.examples.get(node, node.meta["val"])
-
-    def look(self, node: fx.Node) -> object:
-        return look_of(self.example(node)), node in self.static
-
-
-def _joined(bodies: Sequence[Body | None], count: Counter[tuple[object, ...]], along_blocks: bool) -> list[Body | None]:
-    """Joins what is of no block with the region before it, where that is met only once; or (not along blocks) all."""
-    joined: list[Body | None] = []
-    shared = False
-    for body in bodies:
-        last = joined[-1] if joined else None
-        if body is not None and last is not None and not (along_blocks and (shared or body.block is not None)):
-            joined[-1] = Body((*last.nodes, *body.nodes), body.block, body.looks)
-            continue
-        joined.append(body)
-        shared = body is not None and count[body.signature] > 1
-    return joined
-
-
-class _Submodules:
-    """The regions that were written, by signature."""
-
-    def __init__(self, graphs: _Graphs) -> None:
-        self.graphs = graphs
-        self.written: dict[tuple[object, ...], tuple[str, fx.GraphModule]] = {}
+        self.fake_mode: FakeTensorMode = fake_mode
+        self.bodies: dict[fx.GraphModule, list[Body | None]] = {}
+        self.static = {node: node.meta["tensor_dict"] for node in inputs if is_static(node)}
+        self.edges: dict[fx.Node, Any] = {node: node.meta["val"] for node in inputs}
+        for node, value in zip(inputs, example_inputs, strict=False):  # inputs of our own come last
+            if is_traceable_wrapper_subclass(value):  # for which a plain tensor stands in
+                self.edges[node] = fake_mode.from_tensor(cast(Tensor, value), static_shapes=True)
+        self.signatures: dict[Body, tuple[object, ...]] = {}
+        self.made: dict[tuple[object, ...], _Region] = {}
         self.names: Counter[str] = Counter()
 
-    def of(self, body: Body) -> tuple[str, fx.GraphModule]:
-        if body.signature not in self.written:
+    def run(self) -> None:
+        self._look_through(self.gm)
+        count = Counter(self.signatures.values())
+        shared = {body for body, signature in self.signatures.items() if count[signature] > 1}
+        for part, bodies in self.bodies.items():
+            self.bodies[part] = _joined(bodies, shared, self.along_blocks)
+        self.made.clear()
+        self.names.clear()
+        self._write(self.gm)
+
+    def _look_through(self, part: fx.GraphModule) -> None:
+        """Finds the regions of a graph, and their signatures before any are joined."""
+        self.bodies[part] = cut_along_blocks(part.graph, COND)
+        conditionals = iter(part.graph.find_nodes(op="call_function", target=COND))
+        for body in self.bodies[part]:
+            if body is None:
+                conditional = next(conditionals)
+                for branch in self._enter(part, conditional):
+                    self._look_through(branch)
+                    self._check_results(branch)
+                self._leave(conditional)
+            else:
+                self.signatures[body] = body.signature(self._look)
+                self._region(body)
+
+    def _check_results(self, branch: fx.GraphModule) -> None:
+        (output,) = branch.graph.find_nodes(op="output")
+        for node in output.args[0]:
+            if look_of(self.edges[node]) != look_of(self._contiguous(self.edges[node])):
+                raise GraphError(
+                    node,
+                    "it leaves blocks that may be skipped and is not contiguous",
+                    "this is a mistake in paracompile: please report it with the graph that "
+                    'options={"dump": FOLDER} writes',
+                )
+
+    def _write(self, part: fx.GraphModule) -> None:
+        """Rewrites one graph to calls."""
+        graph = fx.Graph()
+        outer: dict[fx.Node, fx.Node] = {}
+        for node in part.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                outer[node] = graph.node_copy(node)
+        conditionals = iter(part.graph.find_nodes(op="call_function", target=COND))
+        for body in self.bodies[part]:
+            if body is None:
+                conditional = next(conditionals)
+                for branch in self._enter(part, conditional):
+                    self._write(branch)
+                self._leave(conditional)
+                for node in (conditional, *conditional.users):
+                    outer[node] = graph.node_copy(node, outer.__getitem__)
+                continue
+            region = self._region(body)
+            if not hasattr(part, region.name):
+                part.add_submodule(region.name, region.module)
+            called = graph.call_module(region.name, tuple(outer[node] for node in body.inputs))
+            called.meta["val"] = region.results
+            for index, node in enumerate(body.outputs):
+                outer[node] = graph.call_function(operator.getitem, (called, index))
+                outer[node].meta.update({**node.meta, "val": region.results[index]})
+        (output,) = part.graph.find_nodes(op="output")
+        graph.output(fx.map_arg(output.args[0], outer.__getitem__))
+        for node in graph.find_nodes(op="get_attr"):
+            if not node.users:
+                graph.erase_node(node)
+        part.graph = graph
+        part.recompile()
+
+    # Values at the edges
+
+    def _example(self, node: fx.Node) -> Any:
+        if node.op == "get_attr" and node not in self.edges:
+            constant = getattr(node.graph.owning_module, str(node.target))
+            self.edges[node] = self.fake_mode.from_tensor(constant, static_shapes=True)
+        return self.edges[node]
+
+    def _look(self, node: fx.Node) -> object:
+        return look_of(self._example(node)), node in self.static
+
+    def _enter(self, part: fx.GraphModule, conditional: fx.Node) -> list[fx.GraphModule]:
+        """The branches of a conditional, their inputs being what it is given."""
+        _, *names, operands = conditional.args
+        branches = [_submodule(part, name.target) for name in names]  # type: ignore[union-attr]
+        for branch in branches:
+            for operand, node in zip(operands, branch.graph.find_nodes(op="placeholder"), strict=True):  # type: ignore[arg-type]
+                self.edges[node] = self._example(operand)
+                if operand in self.static:
+                    self.static[node] = self.static[operand]
+        return branches
+
+    def _leave(self, conditional: fx.Node) -> None:
+        """What comes out of a conditional is contiguous, whichever branch made it."""
+        for user in conditional.users:
+            index = user.args[1]
+            assert isinstance(index, int)
+            self.edges[user] = self._contiguous(user.meta["val"])
+
+    # Regions
+
+    def _region(self, body: Body) -> _Region:
+        signature = body.signature(self._look)
+        if signature not in self.made:
             name = _name(body)
             self.names[name] += 1
             number = self.names[name]
-            name = name if number == 1 else f"{name}_again_{number}"
-            self.written[body.signature] = (name, self._module(body))
-        return self.written[body.signature]
+            self.made[signature] = self._make(body, name if number == 1 else f"{name}_{number}")
+        region = self.made[signature]
+        self.edges.update(zip(body.outputs, region.results, strict=True))
+        return region
 
-    def _module(self, body: Body) -> fx.GraphModule:
+    def _make(self, body: Body, name: str) -> _Region:
         graph = fx.Graph()
         inner: dict[fx.Node, fx.Node] = {}
         for number, node in enumerate(body.inputs):
             inner[node] = graph.placeholder(f"given_{number}")
-            inner[node].meta["val"] = self.graphs.example(node)
-            if node in self.graphs.static:
-                inner[node].meta["tensor_dict"] = self.graphs.static[node]
+            inner[node].meta["val"] = self._example(node)
+            if node in self.static:
+                inner[node].meta["tensor_dict"] = self.static[node]
             inner[node]._dynamo_source = None  # AOTAutograd asks; a region's inputs come from many places
         root = nn.Module()
         for node in body.nodes:
@@ -172,7 +237,43 @@ class _Submodules:
         module = fx.GraphModule(root, graph)
         module.meta["dynamo_compile_id"] = None  # its mere presence says that inputs know whether they are parameters
         module._param_name_to_source = {}  # type: ignore[assignment]
-        return module
+        return _Region(name, module, self._lay_out(module, [is_view(node) for node in body.outputs]))
+
+    def _lay_out(self, module: fx.GraphModule, views: Sequence[bool]) -> tuple[Tensor, ...]:
+        """Makes the results contiguous that are no views; what all of them look like then."""
+        with self.fake_mode, torch.inference_mode(False), torch.no_grad():
+            found = list(fx.Interpreter(module).run(*examples_of(module)))
+        (output,) = module.graph.find_nodes(op="output")
+        results = list(output.args[0])
+        for place, (fake, view) in enumerate(zip(found, views, strict=True)):
+            if fake.is_contiguous() or view:
+                continue
+            found[place] = self._contiguous(fake)
+            with module.graph.inserting_before(output):
+                how: dict[str, Any] = {"memory_format": torch.contiguous_format}
+                results[place] = module.graph.call_function(torch.ops.aten.clone.default, (results[place],), how)
+                results[place].meta["val"] = found[place]
+        output.args = (tuple(results),)
+        module.recompile()
+        return tuple(found)
+
+    def _contiguous(self, fake: Tensor) -> Tensor:
+        with self.fake_mode, torch.inference_mode(False):
+            return torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
+
+
+def _joined(bodies: Sequence[Body | None], shared: set[Body], along_blocks: bool) -> list[Body | None]:
+    """Joins what is of no block with the region before it, where that is met only once; or (not along blocks) all."""
+    joined: list[Body | None] = []
+    alone = True
+    for body in bodies:
+        last = joined[-1] if joined else None
+        if body is not None and last is not None and (not along_blocks or (alone and body.block is None)):
+            joined[-1] = Body((*last.nodes, *body.nodes), body.block)
+            continue
+        joined.append(body)
+        alone = body not in shared
+    return joined
 
 
 def _name(body: Body) -> str:
@@ -182,32 +283,7 @@ def _name(body: Body) -> str:
     return re.sub(r"\W", "_", next(blocks, "region"))
 
 
-def _write(part: fx.GraphModule, bodies: Sequence[Body | None], submodules: _Submodules) -> None:
-    """Rewrites one graph to calls, in place."""
-    graph = fx.Graph()
-    outer: dict[fx.Node, fx.Node] = {}
-    for node in part.graph.nodes:
-        if node.op in ("placeholder", "get_attr"):
-            outer[node] = graph.node_copy(node)
-    conditionals = iter(part.graph.find_nodes(op="call_function", target=COND))
-    for body in bodies:
-        if body is None:
-            node = next(conditionals)
-            for copied in (node, *node.users):
-                outer[copied] = graph.node_copy(copied, outer.__getitem__)
-            continue
-        name, module = submodules.of(body)
-        if not hasattr(part, name):
-            part.add_submodule(name, module)
-        called = graph.call_module(name, tuple(outer[node] for node in body.inputs))
-        called.meta["val"] = tuple(node.meta["val"] for node in body.outputs)
-        for index, node in enumerate(body.outputs):
-            outer[node] = graph.call_function(operator.getitem, (called, index))
-            outer[node].meta.update(node.meta)
-    (output,) = part.graph.find_nodes(op="output")
-    graph.output(fx.map_arg(output.args[0], outer.__getitem__))
-    for node in graph.find_nodes(op="get_attr"):
-        if not node.users:
-            graph.erase_node(node)
-    part.graph = graph
-    part.recompile()
+def _submodule(gm: fx.GraphModule, name: Any) -> fx.GraphModule:
+    found = gm.get_submodule(name)
+    assert isinstance(found, fx.GraphModule)
+    return found

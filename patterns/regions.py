@@ -45,19 +45,23 @@ def writes(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
-@dataclass(frozen=True)
+def is_view(node: fx.Node) -> bool:
+    """Whether a node's value is, or may be, a view of another."""
+    target = _producer(node).target
+    return isinstance(target, OpOverload) and any(result.alias_info is not None for result in target._schema.returns)
+
+
+@dataclass(frozen=True, eq=False)
 class Body:
     """What one region computes.
 
     attributes:
         nodes: its nodes, in order.
         block: the path of the block that it ends with; None where it is of none.
-        looks: how a value from outside looks, see `look_of`.
     """
 
     nodes: tuple[fx.Node, ...]
     block: str | None
-    looks: Callable[[fx.Node], object]
 
     @cached_property
     def inputs(self) -> tuple[fx.Node, ...]:
@@ -72,12 +76,12 @@ class Body:
         inside = set(self.nodes)
         return tuple(node for node in self.nodes if any(user not in inside for user in node.users))
 
-    @cached_property
-    def signature(self) -> tuple[object, ...]:
+    def signature(self, look: Callable[[fx.Node], object]) -> tuple[object, ...]:
         """Equal for regions that one compiled function serves, and for no others.
 
-        Operators, constants with their types, which value goes where, how inputs look, and which results leave. What
-        a region writes to must be told from what it reads by its memory, so one that writes equals no other.
+        Operators, constants with their types, which value goes where, how inputs look (see `look_of`), and which
+        results leave. What a region writes to must be told from what it reads by its memory, so one that writes equals
+        no other.
         """
         number = {node: ("input", index) for index, node in enumerate(self.inputs)}
         number |= {node: ("node", index) for index, node in enumerate(self.nodes)}
@@ -95,7 +99,7 @@ class Body:
 
         return (
             tuple((node.target, spelled(node.args), spelled(node.kwargs)) for node in self.nodes),
-            tuple(map(self.looks, self.inputs)),
+            tuple(map(look, self.inputs)),
             tuple(number[node] for node in self.outputs),
             id(self) if any(map(writes, self.nodes)) else None,
         )
@@ -123,29 +127,26 @@ def look_of(example: Any) -> object:
     )
 
 
-def cut_along_blocks(graph: fx.Graph, edge: object, looks: Callable[[fx.Node], object]) -> list[Body | None]:
+def cut_along_blocks(graph: fx.Graph, edge: object) -> list[Body | None]:
     """The regions of `graph`, in an order in which they can run; None stands for a node with the operator `edge`.
 
     args:
         edge: an operator that stands between regions, by itself.
-        looks: how an input of a region looks, see `look_of`.
     """
     owner = {node: block.path for block in find_blocks(graph) for node in block.nodes}
     bodies: list[Body | None] = []
     run: list[fx.Node] = []
     for node in _with_results(graph):
         if node.target is edge:
-            bodies += [*_bodies(run, owner, looks), None]
+            bodies += [*_bodies(run, owner), None]
             run = []
         elif _producer(node).target is not edge:
             run.append(node)
-    return bodies + _bodies(run, owner, looks)
+    return bodies + _bodies(run, owner)
 
 
-def _bodies(
-    run: Sequence[fx.Node], owner: Mapping[fx.Node, str], looks: Callable[[fx.Node], object]
-) -> list[Body | None]:
-    return [Body(tuple(nodes), owner.get(_producer(nodes[-1])), looks) for nodes in _regions(run, owner)]
+def _bodies(run: Sequence[fx.Node], owner: Mapping[fx.Node, str]) -> list[Body | None]:
+    return [Body(tuple(nodes), owner.get(_producer(nodes[-1]))) for nodes in _regions(run, owner)]
 
 
 def _with_results(graph: fx.Graph) -> list[fx.Node]:
@@ -203,6 +204,7 @@ def _early(order: Sequence[fx.Node], blocks: Mapping[fx.Node, str | None]) -> se
     if not ends:
         return set()
     end = ends[next(block for node in order if (block := blocks[node]) is not None)]
+    shared = _shared(order, blocks)
     early: set[fx.Node] = set()
     late: set[fx.Node] = set()
     for place, (node, fixed) in enumerate(_with_fixed(order)):
@@ -211,10 +213,21 @@ def _early(order: Sequence[fx.Node], blocks: Mapping[fx.Node, str | None]) -> se
         elif blocks[node] is None:
             wanted = place < end
         else:
-            wanted = any(blocks.get(reader) != blocks[node] for reader in _readers(node))
+            wanted = node in shared
         stays = not wanted or (fixed and late) or any(source in late for source in node.all_input_nodes)
         (late if stays else early).add(node)
     return early
+
+
+def _shared(order: Sequence[fx.Node], blocks: Mapping[fx.Node, str | None]) -> set[fx.Node]:
+    """What several other blocks read, and what is computed for it alone."""
+    shared: set[fx.Node] = set()
+    for node in reversed(order):
+        readers = [] if _takes_result(node) else _readers(node)
+        others = {block for reader in readers if (block := blocks.get(reader)) not in (None, blocks[node])}
+        if len(others) > 1 or (readers and shared.issuperset(readers)):
+            shared.add(node)
+    return shared
 
 
 def _with_fixed(order: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, bool]]:
@@ -253,12 +266,17 @@ def _ahead(order: Sequence[fx.Node], blocks: Mapping[fx.Node, str | None], ends:
 
 
 def _moved(run: Sequence[fx.Node], ahead: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Of the run up to a block's end, what of `ahead` may stand before it, and the rest."""
+    """Of the run up to a block's end, what of `ahead` may stand before it, and the rest.
+
+    What runs under an exchange of the block itself stays there.
+    """
     first: list[fx.Node] = []
     rest: list[fx.Node] = []
     late: set[fx.Node] = set()
+    started = False
     for node, fixed in _with_fixed(run):
-        if node in ahead and not fixed and not any(source in late for source in node.all_input_nodes):
+        started = started or is_collective(node)
+        if node in ahead and not (fixed or started) and not any(source in late for source in node.all_input_nodes):
             first.append(node)
         else:
             late.add(node)
@@ -295,15 +313,9 @@ def _pending(nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
         if writes(node) and isinstance(node.args[0], fx.Node):
             written_by.setdefault(node.args[0], []).append(node)
     for node in nodes:
-        if _is_view(node) and node.all_input_nodes[0] in written_by:
+        if is_view(node) and node.all_input_nodes[0] in written_by:
             written_by[node] = written_by[node.all_input_nodes[0]]
             yield from ((node, write) for write in written_by[node])
-
-
-def _is_view(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and any(
-        result.alias_info is not None for result in node.target._schema.returns
-    )
 
 
 def _is_static(node: fx.Node) -> bool:

@@ -65,6 +65,8 @@ def _run(gm: fx.GraphModule, inputs: Sequence[Any]) -> Generator[Collective, Any
             return args[0]
         elif node.target is c10d.wait_tensor.default:
             environment[node] = args[0]
+        elif node.op == "call_module":
+            environment[node] = yield from _run(gm.get_submodule(node.target), args)
         elif node.target is COND:
             hit, reuse, compute, operands = args
             environment[node] = yield from _run(reuse if hit else compute, operands)

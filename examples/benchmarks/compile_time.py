@@ -170,7 +170,7 @@ def measure(name: str, variant: str, second_size: bool) -> dict[str, Any]:
         found["peak"] = peak_growth(lambda: call(**inputs, return_dict=False))
         if second_size:
             found["second size"] = timed(MODELS[name](1)[1])
-    if reports:
+    if reports and reports[0].compilation is not None:
         compilation = reports[0].compilation
         found["regions"] = [compilation.regions, compilation.different, compilation.from_cache, compilation.seconds]
     return found
