@@ -30,6 +30,7 @@ from paracompile.overlap import inductor_settings
 from paracompile.passes import CacheLayout, CachePasses, CacheRules, local_lengths, pipeline, run_passes
 from paracompile.passes.attention_on_shards import Lengths
 from paracompile.passes.context_parallel import flops_of
+from paracompile.passes.drop_masked_keys import attends_to_visible
 from paracompile.passes.first_block_cache import COMPUTE
 from paracompile.patterns.blocks import find_blocks
 from paracompile.patterns.rules import rule_for
@@ -74,7 +75,9 @@ def paracompile(
     dump("captured", gm)
     note_compiled(Compiled.of(*_identity(gm, example_inputs), ranks))
     optional = ranks.is_single and not chosen.caches
-    if optional and not _gains(gm, example_inputs, chosen):
+    repeats = chosen.regions and chosen.compiler == "inductor" and bool(find_blocks(gm.graph))
+    masks = chosen.drop_masked_keys and _has_masks(gm)
+    if optional and not ((repeats or masks) and _is_constant(gm, example_inputs)):
         return _whole(gm, example_inputs, chosen)
 
     lengths = None if chosen.shard_inputs else _lengths(gm, ranks, agreement)
@@ -84,7 +87,11 @@ def paracompile(
         reports: list[Report] = []
         layouts: list[CacheLayout] = []
 
+        gains = [repeats]
+
         def after(name: str, graph: fx.GraphModule) -> None:
+            if name == "drop_masked_keys":
+                gains.append(attends_to_visible(graph))
             if name == "normalise" and lengths is None:  # graphs of shards differ in their sizes
                 facts["graph"] = comparable(graph.print_readable(print_output=False, include_stride=True))
             if name == "schedule" and chosen.report is not None:  # the last graph that is all ATen
@@ -106,6 +113,8 @@ def paracompile(
             if not optional:
                 raise
             warnings.warn(f"paracompile: this graph is compiled in one piece, for {error}", stacklevel=2)
+            return _whole(gm, example_inputs, chosen)
+        if optional and not any(gains):
             return _whole(gm, example_inputs, chosen)
         facts["plan"] = "\n".join([*map(describe, plans), *(str(layout.skipped) for layout in layouts)])
     with agreement.stage("compile"):
@@ -267,21 +276,14 @@ def _placeholders(gm: fx.GraphModule) -> list[tuple[int, fx.Node]]:
     return list(enumerate(gm.graph.find_nodes(op="placeholder")))
 
 
-def _gains(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> bool:
-    """Whether the passes gain anything for a graph on one rank: blocks to compile once, or masks that hide keys.
+def _is_constant(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """Whether nothing is lost if the passes take sizes and numbers for constants, and know no gradients."""
 
-    Not where gradients are wanted, or sizes or numbers are symbols, which the passes would make constants.
-    """
-    if _wants_gradients(gm, example_inputs) or not all(map(_is_constant, example_inputs)):
-        return False
-    blocks = options.regions and options.compiler == "inductor" and find_blocks(gm.graph)
-    return bool(blocks) or (options.drop_masked_keys and _has_masks(gm))
+    def symbols(example: Any) -> bool:
+        numbers = (*example.shape, *example.stride()) if isinstance(example, torch.Tensor) else (example,)
+        return any(isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)) for number in numbers)
 
-
-def _is_constant(example: Any) -> bool:
-    if isinstance(example, torch.Tensor):
-        return all(isinstance(size, int) for size in (*example.shape, *example.stride()))
-    return not isinstance(example, (torch.SymInt, torch.SymFloat, torch.SymBool))
+    return not _wants_gradients(gm, example_inputs) and not any(map(symbols, example_inputs))
 
 
 def _has_masks(gm: fx.GraphModule) -> bool:

@@ -90,12 +90,13 @@ class _Cutter:
         self.gm = gm
         self.along_blocks = along_blocks
         inputs = gm.graph.find_nodes(op="placeholder")
-        fake_mode = detect_fake_mode([node.meta["val"] for node in inputs])
+        examples = {node: node.meta.get("val") for node in inputs}  # numbers have none, and are constants by now
+        fake_mode = detect_fake_mode(list(examples.values()))
         assert fake_mode is not None
         self.fake_mode: FakeTensorMode = fake_mode
         self.bodies: dict[fx.GraphModule, list[Body | None]] = {}
         self.static = {node: node.meta["tensor_dict"] for node in inputs if is_static(node)}
-        self.edges: dict[fx.Node, Any] = {node: node.meta["val"] for node in inputs}
+        self.edges: dict[fx.Node, Any] = examples
         for node, value in zip(inputs, example_inputs, strict=False):  # inputs of our own come last
             if is_traceable_wrapper_subclass(value):  # for which a plain tensor stands in
                 self.edges[node] = fake_mode.from_tensor(cast(Tensor, value), static_shapes=True)

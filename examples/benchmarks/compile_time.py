@@ -25,6 +25,7 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import re
@@ -203,6 +204,7 @@ def in_own_process(name: str, variant: str, caches: str, second_size: bool) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="flux")
+    parser.add_argument("--rows", nargs="+", choices=VARIANTS, default=VARIANTS, help="some of the rows only")
     parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--second-size", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -219,12 +221,12 @@ def main() -> None:
     print(f"| {'':27} | {' | '.join(COLUMNS)} |")
     print(f"|{'-' * 29}|{'|'.join('-' * (len(column) + 2) for column in COLUMNS)}|")
     found: dict[str, dict[str, Any]] = {}
-    for variant in VARIANTS:
+    for variant in arguments.rows:
         with tempfile.TemporaryDirectory() as caches:
-            cold = in_own_process(arguments.model, variant, caches, True)
+            cold = in_own_process(arguments.model, variant, caches, variant in OURS)
             warm = in_own_process(arguments.model, variant, caches, False)
         found[variant] = cold
-        plain = found.get(PLAIN, {"first": float("nan"), "step": float("nan"), "peak": 1})
+        plain = found.get(PLAIN, dict.fromkeys(("first", "step", "peak"), math.nan))
         count, different, *_ = cold.get("regions", ["", ""])
         if variant not in (TRACED, REPEATED) and "regions" in warm:
             assert warm["regions"][2] == warm["regions"][1], "a region of the second start was not in the cache"
@@ -232,7 +234,7 @@ def main() -> None:
             f"{cold['first']:.1f} s",
             f"{cold['first'] / plain['first']:.3f}",
             f"{warm['first']:.1f} s",
-            f"{cold['second size']:.1f} s",
+            f"{cold['second size']:.1f} s" if "second size" in cold else "",
             f"{cold['step'] / plain['step']:.3f}",
             f"{cold['peak'] / plain['peak']:.3f}",
             str(count),

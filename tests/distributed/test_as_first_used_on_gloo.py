@@ -1,0 +1,40 @@
+"""Every family as its user first runs it on two ranks: batch 1, Inductor, rdt on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from as_used import EVERYTHING, build, largest_difference, steps
+from families import ALL_FAMILIES
+from pool import Pool
+
+pytestmark = pytest.mark.slow
+
+QUICK = ("wan", "qwen_image", "hunyuan_video")
+
+
+def on_a_rank(rank: int, family: str, quantised: bool, options: dict[str, Any]) -> Any:
+    outputs, hits = steps(build(family, quantised=quantised), {**options, "timeout": 200})
+    return outputs, hits
+
+
+def families(quick: tuple[str, ...]) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.full) for name in ALL_FAMILIES]
+
+
+@pytest.mark.parametrize("family", families(QUICK))
+def test_computed_and_skipped_steps(family: str, two_ranks: Pool) -> None:
+    expected, _ = steps(build(family), {}, compiler="eager")
+    for found, hits in two_ranks.run(on_a_rank, family, False, {}):
+        assert hits == [False, True, True, True]
+        assert largest_difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", families(("wan",)))
+def test_with_everything_on(family: str, two_ranks: Pool) -> None:
+    pytest.importorskip("torchao.quantization")
+    expected, _ = steps(build(family, quantised=True), EVERYTHING, compiler="eager")
+    for found, hits in two_ranks.run(on_a_rank, family, True, EVERYTHING):
+        assert hits == [False, True, True, True]
+        assert largest_difference(found, expected) < 0.05

@@ -1,0 +1,93 @@
+"""Compiled code in a file: another process with empty caches compiles nothing, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import paracompile
+from paracompile import OptionError, ParacompileError, artifacts
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import torch, paracompile
+from random_tensors import randomise
+from small_models import Denoiser, image_tokens
+
+what, path, blocks = sys.argv[1], sys.argv[2], int(sys.argv[3])
+reports = []
+options = {{"rdt": 0.1, "report": reports.append}}
+model = torch.compile(randomise(Denoiser(blocks)), backend="paracompile", options=options)
+if what == "load":
+    paracompile.load_compiled(path)
+with torch.no_grad():
+    output = model(hidden_states=image_tokens(), timestep=torch.ones(2))[0]
+if what == "save":
+    paracompile.save_compiled(path)
+compilation = reports[0].compilation
+print(json.dumps([compilation.different, compilation.from_cache, float(output.double().sum())]))
+"""
+
+
+def process(what: str, path: Path, caches: Path, blocks: int = 3) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", SCRIPT.format(tests=str(Path(__file__).parent)), what, str(path), str(blocks)]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(caches)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def found(done: subprocess.CompletedProcess[str]) -> list[Any]:
+    assert done.returncode == 0, done.stderr
+    result: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.mark.slow
+def test_another_machine_compiles_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "new folder" / "model.compiled"
+    different, cached, expected = found(process("save", file, tmp_path / "here"))
+    assert different > 3
+    assert cached == 0
+    different_there, cached, output = found(process("load", file, tmp_path / "there"))
+    assert (different_there, cached) == (different, different)
+    assert output == pytest.approx(expected, rel=1e-6)
+    refused = process("load", file, tmp_path / "there", blocks=4)
+    assert refused.returncode != 0
+    assert "what it loaded is not for Denoiser (weights" in refused.stderr
+    assert "Save it anew with this model on this mesh" in refused.stderr
+
+
+def write(path: Path, **changed: str) -> Path:
+    header = json.dumps({"made by": {**artifacts._made_by(), **changed}, "holds": []}).encode()
+    path.write_bytes(artifacts._MAGIC + struct.pack("<Q", len(header)) + header + b"nothing")
+    return path
+
+
+@pytest.mark.parametrize("what", ["paracompile", "torch", "Python", "the device"])
+def test_another_version_or_device_is_refused(what: str, tmp_path: Path) -> None:
+    with pytest.raises(ParacompileError, match=f"was made with {what} 0.0.1, and here it is .*Save it anew here"):
+        paracompile.load_compiled(write(tmp_path / "file", **{what: "0.0.1"}))
+
+
+def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="there is no file 'absent'"):
+        paracompile.load_compiled(tmp_path / "absent")
+    (tmp_path / "absent.rank-1-of-2").touch()
+    with pytest.raises(OptionError, match=r"there is no file 'absent', but \['absent.rank-1-of-2'\]"):
+        paracompile.load_compiled(tmp_path / "absent")
+    (tmp_path / "other").write_bytes(b"something else")
+    with pytest.raises(OptionError, match="no file that save_compiled wrote"):
+        paracompile.load_compiled(tmp_path / "other")
+
+
+def test_nothing_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "_here", {})
+    with pytest.raises(ParacompileError, match="there is nothing to save"):
+        paracompile.save_compiled(tmp_path / "file")
