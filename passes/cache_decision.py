@@ -1,7 +1,8 @@
 """Decides in the graph whether blocks are skipped, and keeps the record of it.
 
-Every number is computed by the graph itself, so that the host never waits: where in a generation a call is follows from
-its times, which a generation goes through one way. The sums that decide are taken over all ranks together.
+Every number is computed by the graph itself, so that the host waits for the decision alone: where in a generation a
+call is follows from its times, which a generation goes through one way. The sums that decide are taken over all ranks
+together.
 """
 
 from __future__ import annotations

@@ -91,8 +91,7 @@ class _Cutter:
         self.along_blocks = along_blocks
         inputs = gm.graph.find_nodes(op="placeholder")
         examples = {node: node.meta.get("val") for node in inputs}  # numbers have none, and are constants by now
-        fake_mode = detect_fake_mode(list(examples.values()))
-        assert fake_mode is not None
+        fake_mode = detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes]) or FakeTensorMode()
         self.fake_mode: FakeTensorMode = fake_mode
         self.bodies: dict[fx.GraphModule, list[Body | None]] = {}
         self.static = {node: node.meta["tensor_dict"] for node in inputs if is_static(node)}

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch.fx.experimental.symbolic_shapes import has_free_symbols
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from paracompile.patterns.regions import look_of
 
@@ -37,13 +38,19 @@ class GraphWriter:
         return node
 
     def _evaluate(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What `target` makes of fake tensors; of equal blocks it is computed once."""
+        """What `target` makes of fake tensors; of equal blocks it is computed once.
+
+        A size that only the data tells is a new symbol each time.
+        """
         autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
         key = repr((str(target), autocast, tree_map_only(torch.Tensor, look_of, (args, kwargs))))
-        if key not in self._known:
-            with self._fake_mode, torch.inference_mode(False), torch.no_grad():
-                self._known[key] = target(*args, **kwargs)
-        return self._known[key]
+        if key in self._known:
+            return self._known[key]
+        with self._fake_mode, torch.inference_mode(False), torch.no_grad():
+            made = target(*args, **kwargs)
+        if all(isinstance(value, torch.Tensor) and not has_free_symbols(value) for value in tree_leaves(made)):
+            self._known[key] = made
+        return made
 
     def copy(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         """Appends a node as it stands in another graph, with other arguments of the same shapes."""

@@ -5,7 +5,7 @@
 A *region* is a run of nodes that is compiled by itself. Cuts follow blocks (modules in lists that are alike, `blocks`):
 a region ends where the last node of a block stands, so that work of the next block which `schedule` put under an
 exchange of this one stays with the exchange. What does not depend on the blocks but stands within the first one (rotary
-tables, a rank's part of them) belongs to what comes before it.
+tables, a rank's part of them) belongs to what comes before it, so that the first block is like the others.
 
 No cut falls where something is pending: between the start of an exchange and its wait, inside an autocast region, while
 a value lives that is no tensor of a known size, or between taking a view of a graph input and writing to that input.
@@ -35,7 +35,7 @@ from paracompile.patterns.autocast import AUTOCAST_EDGES, ENTER_AUTOCAST, EXIT_A
 from paracompile.patterns.blocks import find_blocks
 from paracompile.patterns.exchanges import is_collective, is_wait
 
-__all__ = ["Body", "cut_along_blocks", "writes"]
+__all__ = ["Body", "cut_along_blocks", "is_view", "look_of", "writes"]
 
 _ALIGNMENT = 16  # bytes; Inductor's code for a GPU assumes it of inputs that had it when they were compiled
 
@@ -181,7 +181,7 @@ def _regions(order: Sequence[fx.Node], owner: Mapping[fx.Node, str]) -> list[lis
     for block, last in sorted(ends.items(), key=operator.itemgetter(1)):
         end = last + 1
         first, inside = _moved(rest[start:end], {node for node in ahead if blocks[node] == block})
-        middle = next(place for place, node in enumerate(inside) if blocks[node] is not None)
+        middle = next((place for place, node in enumerate(inside) if blocks[node] is not None), len(inside))
         regions[-1] += first
         regions += [inside[:middle], inside[middle:]]
         start = end
@@ -235,10 +235,9 @@ def _with_fixed(order: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, bool]]:
     within = 0  # autocast regions that are open
     for node in order:
         within += (node.target is ENTER_AUTOCAST) - (node.target is EXIT_AUTOCAST)
-        yield (
-            node,
-            bool(within) or node.target in AUTOCAST_EDGES or is_collective(node) or is_wait(node) or writes(node),
-        )
+        draws = isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+        edge = within > 0 or node.target in AUTOCAST_EDGES
+        yield node, edge or draws or is_collective(node) or is_wait(node) or writes(node)
 
 
 def _ahead(order: Sequence[fx.Node], blocks: Mapping[fx.Node, str | None], ends: Mapping[str, int]) -> set[fx.Node]:

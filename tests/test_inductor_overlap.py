@@ -46,21 +46,21 @@ class Code:
         return sum(kind == "linear" for kind, _ in calls)
 
 
-def read(source: str) -> Code:
-    """The calls of the generated module's `call`."""
+def read(source: str, region: int) -> list[tuple[str, str]]:
+    """The calls of the generated module's `call`; the exchanges of each region have names of their own."""
     calls = []
     for line in source[source.index("def call(") :].splitlines():
         if start := _START.search(line):
-            calls.append(("start", start[1]))
+            calls.append(("start", f"{start[1]} of {region}"))
         elif wait := _WAIT.search(line):
-            calls.append(("wait", wait[1]))
+            calls.append(("wait", f"{wait[1]} of {region}"))
         elif _LINEAR.search(line):
             calls.append(("linear", ""))
         elif _ATTENTION.search(line):
             calls.append(("attention", ""))
         elif kernel := _KERNEL.search(line):
             calls.append(("kernel", kernel[1]))
-    return Code(calls)
+    return calls
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +72,16 @@ def _two_ranks_on_paper() -> Iterator[None]:
 
 
 def compile_family(family: str, **lists: int) -> Code:
-    """Compiles a family's model, cut down to the given number of blocks in each list."""
+    """Compiles a family's model, cut down to so many blocks in each list that no region is met twice."""
     model, inputs = FAMILIES[family].build()
     for name, count in lists.items():
         setattr(model, name, getattr(model, name)[:count])
-    options: dict[str, Any] = {"inductor": {"fx_graph_cache": False}}
+    reports: list[Any] = []
+    options: dict[str, Any] = {"inductor": {"fx_graph_cache": False}, "report": reports.append}
     with torch.no_grad():
-        _, (source,) = run_and_get_code(torch.compile(model, backend="paracompile", options=options), **inputs)
-    return read(source)
+        _, sources = run_and_get_code(torch.compile(model, backend="paracompile", options=options), **inputs)
+    assert len(sources) == reports[0].compilation.regions > 2
+    return Code([call for region, source in enumerate(sources) for call in read(source, region)])
 
 
 @pytest.fixture(scope="module")

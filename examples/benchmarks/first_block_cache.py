@@ -7,12 +7,13 @@ diffusers' own `FluxTransformer2DModel` with random weights. Each variant is com
 take turns in one process:
 
     full step               the model without a cache
+    full step, one piece    the same, compiled in one piece instead of in regions
     full step, armed        with the cache, in a step in which all blocks are computed
     skipped step            with the cache, in a step in which blocks 1..N are skipped
-    one block               the same model with its first block only: the lower bound of a skipped step
+    one block               the same model with its first block only, in one piece: the lower bound of a skipped step
     diffusers, skipped      diffusers' FirstBlockCache under torch.compile, in a skipped step
 
-On a CPU the ratios count, not the times. The generated code of the skip branch is searched for writes to the state.
+On a CPU the ratios count, not the times. At the end it is told how many of the stored tensors a skipped step wrote to.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -33,12 +33,13 @@ import torch
 from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch._inductor.utils import run_and_get_code
 
 import paracompile
+from paracompile.runtime.cached_call import caches_of
 
-FULL, ARMED, SKIPPED, ONE_BLOCK, PEER = (
+FULL, WHOLE, ARMED, SKIPPED, ONE_BLOCK, PEER = (
     "full step",
+    "full step, one piece",
     "full step, armed",
     "skipped step",
     "one block",
@@ -100,8 +101,8 @@ class Size:
         )
 
 
-def build(size: Size) -> dict[str, Run]:
-    """What one run of each variant is."""
+def build(size: Size) -> tuple[dict[str, Run], nn.Module]:
+    """What one run of each variant is, and the model with the cache."""
     inputs = size.inputs()
     still = torch.ones(1, device=size.device)
     falling = (still - number / 100_000 for number in itertools.count())
@@ -114,7 +115,9 @@ def build(size: Size) -> dict[str, Run]:
     model = size.model(*size.blocks)
     plain = torch.compile(model, backend="paracompile", fullgraph=True)
     cached = torch.compile(model, backend="paracompile", fullgraph=True, options={"rdt": ALWAYS})
-    one_block = torch.compile(size.model(1, 0), backend="paracompile", fullgraph=True)
+    one_piece = {"regions": False}
+    whole = torch.compile(size.model(*size.blocks), backend="paracompile", fullgraph=True, options=one_piece)
+    one_block = torch.compile(size.model(1, 0), backend="paracompile", fullgraph=True, options=one_piece)
     theirs = size.model(*size.blocks)
     # Without its decorator, whose code all models share: where one model's graph breaks, Dynamo gives up that code for
     # all of them.
@@ -136,11 +139,12 @@ def build(size: Size) -> dict[str, Run]:
 
     return {
         FULL: lambda: call(plain, still),
+        WHOLE: lambda: call(whole, still),
         ARMED: armed,
         SKIPPED: skipped,
         ONE_BLOCK: lambda: call(one_block, still),
         PEER: peer,
-    }
+    }, model
 
 
 def median_times(built: dict[str, Run], runs: int, wait: Callable[[], object]) -> dict[str, float]:
@@ -156,19 +160,14 @@ def median_times(built: dict[str, Run], runs: int, wait: Callable[[], object]) -
     return {variant: statistics.median(taken) for variant, taken in seconds.items()}
 
 
-def written_by_skip_branch(code: str) -> list[str]:
-    """Arguments of the generated skip branch (the first of the two) that one of its kernels writes to."""
-    branches = re.findall(r"^def true_graph_\w+\(args\):\n((?:[ ]{4}.*\n|\n)+)", code, re.MULTILINE)
-    assert len(branches) == 1, "Inductor writes its branches otherwise than this script reads them"
-    written = []
-    for kernel, passed in re.findall(r"^ {4}(\w*(?:cpp|triton)_\w+?)(?:\.run)?\((.*)\)$", branches[0], re.MULTILINE):
-        definition = code[code.index(f"\n{kernel} = ") :]
-        signature = re.search(r"(?:void\s+kernel|def triton_\w*)\(([^)]*)\)", definition)
-        assert signature is not None
-        names = [part.split()[-1].lstrip("*") for part in signature[1].split(",")]
-        pairs = zip(passed.split(", "), names, strict=False)
-        written += [argument for argument, name in pairs if "_arg" in argument and not name.startswith("in_ptr")]
-    return written
+def written(model: nn.Module, run: Run) -> str:
+    """How many of the stored tensors one run writes to, of how many."""
+    slots = [slot for cache in caches_of(model.parameters()) for of_graph in cache.slots.values() for slot in of_graph]
+    state = [tensor for slot in slots if slot.name == "skipped" for tensor in slot.state]
+    before = [tensor._version for tensor in state]
+    run()
+    count = sum(tensor._version != version for tensor, version in zip(state, before, strict=True))
+    return f"{count} of {len(state)}"
 
 
 def main() -> None:
@@ -183,13 +182,11 @@ def main() -> None:
     size = Size(arguments.flux_dev, arguments.device)
     wait = torch.cuda.synchronize if arguments.device == "cuda" else lambda: None
 
-    built = build(size)
+    built, cached = build(size)
     graphs: dict[str, tuple[int, int]] = {}
-    code = ""
     for variant, run in built.items():
         counters.clear()
-        _, codes = run_and_get_code(run)
-        code = codes[0] if variant == ARMED else code
+        run()
         run()  # the second call of a cache may compile once more, and is the first that is skipped
         run()
         graphs[variant] = (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
@@ -210,7 +207,7 @@ def main() -> None:
             f"| {variant:18} | {taken * 1000:6.1f} ms | {taken / times[FULL]:14.3f} | {taken / times[ONE_BLOCK]:12.3f} "
             f"| {count:6} | {breaks:12} |"
         )
-    print(f"\ninputs that the skip branch's generated code writes to: {len(written_by_skip_branch(code))}")
+    print(f"\nstored tensors that a skipped step writes to: {written(cached, built[SKIPPED])}")
 
 
 if __name__ == "__main__":

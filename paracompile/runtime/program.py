@@ -90,10 +90,15 @@ class Program:
             given = [slots[place] for place in call.given]
             for place in call.gone:
                 slots[place] = None
-            for made, result in zip(call.made, call.run(given), strict=True):
-                if made is not None:
-                    slots[made] = result
+            _keep(slots, call.made, call.run(given))
         return tuple(None if place is None else slots[place] for place in self._outputs)
+
+
+def _keep(slots: list[Any], places: Sequence[int | None], results: Sequence[Any]) -> None:
+    """Puts results into slots; a function of its own, so that no variable holds on to the last of them."""
+    for place, result in zip(places, results, strict=True):
+        if place is not None:
+            slots[place] = result
 
 
 def _region(gm: fx.GraphModule, name: Any) -> fx.GraphModule:
