@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import CompileContext
 from torch.distributed.device_mesh import DeviceMesh
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.artifacts import Compiled, note_compiled
@@ -77,7 +78,7 @@ def paracompile(
     optional = ranks.is_single and not chosen.caches
     repeats = chosen.regions and chosen.compiler == "inductor" and bool(find_blocks(gm.graph))
     masks = chosen.drop_masked_keys and _has_masks(gm)
-    if optional and not ((repeats or masks) and _is_constant(gm, example_inputs)):
+    if optional and not ((repeats or masks) and _may_be_constant(gm, example_inputs)):
         return _whole(gm, example_inputs, chosen)
 
     lengths = None if chosen.shard_inputs else _lengths(gm, ranks, agreement)
@@ -276,14 +277,24 @@ def _placeholders(gm: fx.GraphModule) -> list[tuple[int, fx.Node]]:
     return list(enumerate(gm.graph.find_nodes(op="placeholder")))
 
 
-def _is_constant(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
-    """Whether nothing is lost if the passes take sizes and numbers for constants, and know no gradients."""
+def _may_be_constant(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """Whether the passes, which take sizes and numbers for constants and know no gradients, may have the graph.
 
-    def symbols(example: Any) -> bool:
-        numbers = (*example.shape, *example.stride()) if isinstance(example, torch.Tensor) else (example,)
-        return any(isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)) for number in numbers)
+    Sizes that Dynamo made symbols of because a second one was met may become numbers again: another size is compiled in
+    regions sooner than one graph for all sizes in one piece. Symbols in the first compile were asked for
+    (`dynamic=True`); a number that is no size may change at each step.
+    """
+    if _wants_gradients(gm, example_inputs):
+        return False
+    values = [node.meta.get("example_value") for _, node in _placeholders(gm)]
+    sizes = set().union(*(free_symbols(value) for value in values if isinstance(value, torch.Tensor)))
+    numbers = set().union(*(free_symbols(value) for value in values if isinstance(value, _SYMBOLS)))
+    identity = CompileContext.current_compile_id()
+    asked_for = identity is None or identity.frame_compile_id == 0
+    return not (sizes | numbers) if asked_for else numbers <= sizes
 
-    return not _wants_gradients(gm, example_inputs) and not any(map(symbols, example_inputs))
+
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def _has_masks(gm: fx.GraphModule) -> bool:

@@ -385,21 +385,59 @@ def places(gm: fx.GraphModule, region: fx.GraphModule) -> list[int]:
     return [inputs.index(argument) for argument in call.args]
 
 
-def test_a_pipeline_of_regions_on_one_rank_takes_other_paths_when_it_must() -> None:
-    """Gradients are wanted, or a size is a symbol: then the graph goes to the compiler as Dynamo made it."""
-    model = randomise(Transformer(4)).requires_grad_()
+class Scaled(Denoiser):
+    """A number of the caller's is no size."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, scale: int = 1) -> tuple[Tensor]:
+        return (super().forward(hidden_states, timestep)[0] * scale,)
+
+
+def one_rank(model: nn.Module, **how: Any) -> tuple[Any, list[Any]]:
+    """The model compiled, and what is reported of each graph; None where it went to Inductor in one piece."""
     reports: list[Any] = []
-    compiled = torch.compile(model, backend="paracompile", options={"report": reports.append})
+    torch._dynamo.reset()
+    options = {"report": lambda report: reports.append(report.compilation)}
+    return torch.compile(model, backend="paracompile", options=options, **how), reports
+
+
+@pytest.mark.slow
+def test_a_graph_whose_gradients_are_wanted_is_compiled_as_it_is() -> None:
+    model = randomise(Transformer(4)).requires_grad_()
+    compiled, compilations = one_rank(model)
     compiled(image_tokens()).sum().backward()
-    assert [report.compilation for report in reports] == [None]
+    assert compilations == [None]
     assert model.proj_in.weight.grad is not None
+
+
+@pytest.mark.slow
+def test_sizes_on_one_rank() -> None:
+    """A second size is compiled in regions, as the first was; symbols that were asked for stay, in one piece."""
+    model = randomise(Denoiser(4))
+    for dynamic, compiles, in_regions in ((None, 3, True), (True, 1, False)):
+        compiled, compilations = one_rank(model, dynamic=dynamic)
+        for tokens in (24, 36, 48):
+            given = {"hidden_states": draw(BATCH, tokens, 10), "timestep": torch.ones(BATCH)}
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(**given)[0], model(**given)[0], rtol=1e-4, atol=1e-5)
+        assert [compilation is not None for compilation in compilations] == [in_regions] * compiles
+
+
+@pytest.mark.slow
+def test_a_number_that_changes_at_each_step_is_no_size() -> None:
+    model = randomise(Scaled(4))
+    compiled, compilations = one_rank(model)
+    for scale in (1, 2, 3, 4):
+        with torch.no_grad():
+            expected = model(**steps_of(1)[0], scale=scale)[0]
+            torch.testing.assert_close(compiled(**steps_of(1)[0], scale=scale)[0], expected, rtol=1e-4, atol=1e-5)
+    assert [compilation is not None for compilation in compilations] == [True, False]
 
 
 def test_what_is_told_of_a_compile(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A line in the log; a bar only where somebody looks at it."""
-    told = r"compiled 7 regions, 6 different, 0 of these from the cache on disk, \d+\.\d s"
+    told = r"compiled 9 regions, 6 different, 0 of these from the cache on disk, \d+\.\d s"
     for terminal in (False, True):
         monkeypatch.setattr(sys.stderr, "isatty", lambda shown=terminal: shown, raising=False)
         torch._dynamo.reset()
