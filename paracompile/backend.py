@@ -70,11 +70,11 @@ def paracompile(
         chosen = Options.parse(options)
         ranks = Ranks.from_mesh(chosen.mesh)
         facts["options"] = chosen.fingerprint()
+        note_compiled(Compiled.of(*_identity(gm, example_inputs), ranks))
     diffusers.listen()  # it may have been imported since
     graph_compiled([value for value in example_inputs if isinstance(value, nn.Parameter)], caches=chosen.caches)
     dump = Dump(chosen.dump, _compile_name(), ranks.flat_rank)
     dump("captured", gm)
-    note_compiled(Compiled.of(*_identity(gm, example_inputs), ranks))
     optional = ranks.is_single and not chosen.caches
     repeats = chosen.regions and chosen.compiler == "inductor" and bool(find_blocks(gm.graph))
     masks = chosen.drop_masked_keys and _has_masks(gm)
@@ -87,7 +87,6 @@ def paracompile(
         plans: list[Plan] = []
         reports: list[Report] = []
         layouts: list[CacheLayout] = []
-
         gains = [repeats]
 
         def after(name: str, graph: fx.GraphModule) -> None:
