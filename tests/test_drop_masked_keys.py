@@ -33,6 +33,7 @@ from small_models import (
 from torch import Tensor, fx, nn
 
 from paracompile import backend
+from paracompile import compiler as compiler_module
 from paracompile.mesh import Ranks
 from paracompile.passes import pipeline, run_passes
 from paracompile.runtime import visible
@@ -124,8 +125,9 @@ def graph_on_one_rank(model: Callable[..., Any], inputs: Sequence[Any], *, grad:
         graphs.append(gm)
         return gm.forward
 
-    with mock.patch.object(backend, "_compile", compiler), torch.set_grad_enabled(grad):
-        result = compiled_on_one_rank(model, **options)(*inputs)
+    whole = [mock.patch.object(module, "compile_whole", compiler) for module in (backend, compiler_module)]
+    with whole[0], whole[1], torch.set_grad_enabled(grad):
+        result = compiled_on_one_rank(model, regions=False, **options)(*inputs)
     (graph,) = graphs
     return graph, result
 
