@@ -199,12 +199,12 @@ def main() -> None:
     )
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {arguments.threads} thread(s)"
     print(f"{size}, {where}, Inductor, median of {arguments.runs}\n")
-    print("|                    |      time | of a full step | of one block | graphs | graph breaks |")
-    print("|--------------------|-----------|----------------|--------------|--------|--------------|")
+    print("|                      |      time | of a full step | of one block | graphs | graph breaks |")
+    print("|----------------------|-----------|----------------|--------------|--------|--------------|")
     for variant, taken in times.items():
         count, breaks = graphs[variant]
         print(
-            f"| {variant:18} | {taken * 1000:6.1f} ms | {taken / times[FULL]:14.3f} | {taken / times[ONE_BLOCK]:12.3f} "
+            f"| {variant:20} | {taken * 1000:6.1f} ms | {taken / times[FULL]:14.3f} | {taken / times[ONE_BLOCK]:12.3f} "
             f"| {count:6} | {breaks:12} |"
         )
     print(f"\nstored tensors that a skipped step writes to: {written(cached, built[SKIPPED])}")
