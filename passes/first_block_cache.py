@@ -35,7 +35,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from paracompile.errors import GraphError
-from paracompile.layout.graph import is_tensor
+from paracompile.layout.graph import is_tensor, readers_of
 from paracompile.mesh import Ranks
 from paracompile.passes.cache_decision import (
     CacheRules,
@@ -212,7 +212,7 @@ class _Writer:
                 continue
             if node.target in AUTOCAST_EDGES:
                 break  # before it a node may compute in another type
-            readers = _readers(node)
+            readers = readers_of(node)
             if part_of(node) == "front" and readers and all(part_of(reader) == "middle" for reader in readers):
                 node.meta["cache_part"] = "middle"
 
@@ -422,11 +422,6 @@ class _Writer:
 
 def _leaves(node: fx.Node, middle: set[fx.Node]) -> bool:
     return any(user not in middle for user in node.users)
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """What reads a node's results."""
-    return [reader for user in node.users for reader in (_readers(user) if user.target is operator.getitem else [user])]
 
 
 def _ancestors(node: fx.Node, middle: set[fx.Node]) -> set[fx.Node]:

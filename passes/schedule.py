@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 import paracompile.runtime.kernels  # noqa: F401  (registers the operator of a ring's step)
+from paracompile.layout.graph import writes
 from paracompile.patterns.autocast import AUTOCAST_EDGES
 from paracompile.patterns.exchanges import is_collective, is_wait
 
@@ -46,7 +46,7 @@ def schedule(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModul
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             continue
-        if node.op == "output" or node.target in _EDGES or _writes(node):
+        if node.op == "output" or node.target in _EDGES or writes(node):
             order += _scheduled(region)
             region = []
             order.append(node)
@@ -56,10 +56,6 @@ def schedule(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModul
     gm.graph.lint()
     gm.recompile()
     return gm
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def _scheduled(region: Sequence[fx.Node]) -> list[fx.Node]:

@@ -30,19 +30,14 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.errors import module_paths
-from paracompile.layout.graph import is_tensor
+from paracompile.layout.graph import is_tensor, readers_of, writes
 from paracompile.patterns.autocast import AUTOCAST_EDGES, ENTER_AUTOCAST, EXIT_AUTOCAST
 from paracompile.patterns.blocks import find_blocks
 from paracompile.patterns.exchanges import is_collective, is_wait
 
-__all__ = ["Body", "cut_along_blocks", "is_view", "look_of", "writes"]
+__all__ = ["Body", "cut_along_blocks", "is_view", "look_of"]
 
 _ALIGNMENT = 16  # bytes; Inductor's code for a GPU assumes it of inputs that had it when they were compiled
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether a node writes to its operands."""
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def is_view(node: fx.Node) -> bool:
@@ -223,7 +218,7 @@ def _shared(order: Sequence[fx.Node], blocks: Mapping[fx.Node, str | None]) -> s
     """What several other blocks read, and what is computed for it alone."""
     shared: set[fx.Node] = set()
     for node in reversed(order):
-        readers = [] if _takes_result(node) else _readers(node)
+        readers = [] if _takes_result(node) else readers_of(node)
         others = {block for reader in readers if (block := blocks.get(reader)) not in (None, blocks[node])}
         if len(others) > 1 or (readers and shared.issuperset(readers)):
             shared.add(node)
@@ -283,10 +278,6 @@ def _moved(run: Sequence[fx.Node], ahead: set[fx.Node]) -> tuple[list[fx.Node], 
     return first, rest
 
 
-def _readers(node: fx.Node) -> list[fx.Node]:
-    return [reader for user in node.users for reader in (_readers(user) if _takes_result(user) else [user])]
-
-
 def _join_where_pending(regions: list[list[fx.Node]]) -> list[list[fx.Node]]:
     """Joins neighbours that are cut where something is pending."""
     place = {node: index for index, region in enumerate(regions) for node in region}
@@ -307,7 +298,7 @@ def _pending(nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
     written_by: dict[fx.Node, list[fx.Node]] = {}  # by graph input, and by each view of it
     nodes = list(nodes)
     for node in nodes:
-        if is_collective(node) or not _is_static(node):
+        if is_collective(node) or not _has_known_size(node):
             yield from ((node, user) for user in node.users)
         if writes(node) and isinstance(node.args[0], fx.Node):
             written_by.setdefault(node.args[0], []).append(node)
@@ -317,7 +308,7 @@ def _pending(nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
             yield from ((node, write) for write in written_by[node])
 
 
-def _is_static(node: fx.Node) -> bool:
+def _has_known_size(node: fx.Node) -> bool:
     """Whether the node's value may leave its region: a tensor whose sizes are numbers."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):

@@ -23,7 +23,9 @@ from lockstep import run_lockstep
 from random_tensors import draw, randomise
 from small_models import BATCH, WIDTH, Block, Denoiser, Transformer, image_tokens
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
+from paracompile import backend
 from paracompile.compiler import _boxed, compile_whole
 from paracompile.mesh import Ranks
 from paracompile.options import Options
@@ -383,6 +385,27 @@ def places(gm: fx.GraphModule, region: fx.GraphModule) -> list[int]:
     call = next(node for node in gm.graph.nodes if node.op == "call_module")
     assert gm.get_submodule(call.target) is region
     return [inputs.index(argument) for argument in call.args]
+
+
+@pytest.mark.slow
+def test_a_graph_that_the_passes_cannot_take_is_compiled_as_it_is_and_said_to_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: Any, **how: Any) -> Any:
+        raise ValueError("no passes here")
+
+    monkeypatch.setattr(backend, "run_passes", fail)
+    model = randomise(Denoiser(4))
+    compiled, compilations = one_rank(model)
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="compiled in one piece, for no passes here"):
+            found = compiled(**steps_of(1)[0])[0]
+        torch.testing.assert_close(found, model(**steps_of(1)[0])[0], rtol=1e-4, atol=1e-5)
+    assert compilations == [None]
+    armed = torch.compile(model, backend="paracompile", options={"rdt": 0.1, "compiler": "eager"})
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="no passes here"):
+        armed(**steps_of(1)[0])
 
 
 class Scaled(Denoiser):

@@ -22,13 +22,10 @@ the kernel's count (Linux). On a CPU the ratios count, not the times.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import math
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -37,10 +34,10 @@ import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
+from peak_memory import peak_growth
 from torch import Tensor, nn
 
 TRACED, PLAIN, REPEATED = "tracing alone", "torch.compile", "repeated blocks"
@@ -175,22 +172,6 @@ def measure(name: str, variant: str, second_size: bool) -> dict[str, Any]:
         compilation = reports[0].compilation
         found["regions"] = [compilation.regions, compilation.different, compilation.from_cache, compilation.seconds]
     return found
-
-
-def peak_growth(run: Callable[[], object]) -> int:
-    """The bytes that one run adds to this process at its peak."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _memory("VmRSS")
-    run()
-    return _memory("VmHWM") - before
-
-
-def _memory(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def in_own_process(name: str, variant: str, caches: str, second_size: bool) -> dict[str, Any]:

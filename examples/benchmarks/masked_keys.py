@@ -20,11 +20,8 @@ run to warm up. Everything is given as a ratio to "no mask": on a CPU the figure
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -32,12 +29,12 @@ import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from diffusers.models.transformers import transformer_hunyuan_video
+from peak_memory import peak_growth
 from torch import Tensor, nn
 
 TEXT, REAL_TEXT = 256, 40
@@ -133,23 +130,6 @@ def median_times(compiler: str, tokens: int, runs: int) -> dict[str, float]:
     return {variant: statistics.median(taken) for variant, taken in seconds.items()}
 
 
-def peak_growth(variant: str, compiler: str, tokens: int) -> int:
-    """The bytes that one run adds to this process at its peak."""
-    run = build(variant, compiler, tokens)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _memory("VmRSS")
-    run()
-    return _memory("VmHWM") - before
-
-
-def _memory(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
-
-
 def peak_in_own_process(variant: str, arguments: argparse.Namespace) -> int:
     command = [sys.executable, __file__, "--memory-of", variant]
     for name in ("tokens", "compiler", "threads"):
@@ -172,7 +152,7 @@ def main() -> None:
         parser.error(f"--tokens must be a multiple of {FRAMES * COLUMNS}, and more than {TEXT}")
     torch.set_num_threads(arguments.threads)
     if arguments.memory_of is not None:
-        print(peak_growth(arguments.memory_of, arguments.compiler, arguments.tokens))
+        print(peak_growth(build(arguments.memory_of, arguments.compiler, arguments.tokens)))
         return
 
     peaks = {variant: peak_in_own_process(variant, arguments) for variant in VARIANTS}

@@ -75,6 +75,18 @@ def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
+def readers_of(node: fx.Node) -> list[fx.Node]:
+    """What reads a node's results, be it through the `getitem` of one."""
+    return [
+        reader for user in node.users for reader in (readers_of(user) if user.target is operator.getitem else [user])
+    ]
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node writes to its operands."""
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
 def is_static(node: fx.Node) -> bool:
     """Whether a graph input is a parameter or a buffer, as Dynamo says: the same at each call, and on all ranks."""
     return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
