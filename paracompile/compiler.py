@@ -71,7 +71,8 @@ def _boxed(compiled: Compiled) -> Boxed:
     """Calls a compiled region with a list.
 
     AOTAutograd makes a function that empties such a list, so that memory is free as early as it can be, and wraps it in
-    functions that take `*args` and hold them until it returns.
+    functions that take `*args` and hold them until it returns. (Seen with torch 2.13: code that comes from the cache on
+    disk leaves the list as it is, so that in a second start arguments live until the region returns.)
     """
     inner: Any = compiled
     while inspect.isfunction(inner) and inner.__code__.co_flags & inspect.CO_VARARGS:
