@@ -6,13 +6,16 @@ import inspect
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import fx
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import list_mode_options
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx
 from tqdm import tqdm
 
@@ -39,17 +42,43 @@ def compile_regions(gm: fx.GraphModule, options: Options, defaults: Mapping[str,
     compiled: dict[fx.GraphModule, Boxed] = {}
     from_cache = 0
     bar = tqdm(count, desc="compiling regions", unit="region", leave=False, disable=not sys.stderr.isatty())
-    for region in bar:
-        hits = counters["inductor"]["fxgraph_cache_hit"]
-        examples = examples_of(region)
-        fake_mode = detect_fake_mode(examples)
-        with tracing(TracingContext(fake_mode)):  # each is a graph of its own to AOTAutograd
-            compiled[region] = _boxed(compile_whole(region, examples, options, defaults))
-        from_cache += counters["inductor"]["fxgraph_cache_hit"] > hits
+    with _kernels_built_meanwhile():
+        for region in bar:
+            hits = counters["inductor"]["fxgraph_cache_hit"]
+            examples = examples_of(region)
+            fake_mode = detect_fake_mode(examples)
+            with tracing(TracingContext(fake_mode)):  # each is a graph of its own to AOTAutograd
+                compiled[region] = _boxed(compile_whole(region, examples, options, defaults))
+            from_cache += counters["inductor"]["fxgraph_cache_hit"] > hits
     seconds = time.perf_counter() - started
     found = Compilation(sum(count.values()), len(count), from_cache, seconds)
     log.info("compiled %s", found)
     return Program(gm, compiled), found
+
+
+@contextmanager
+def _kernels_built_meanwhile() -> Iterator[None]:
+    """Lets the kernels of one graph be built while Inductor writes the next one's; all are there in the end.
+
+    The code that Inductor writes starts to build its kernels in other threads and then waits for them. Kernels for GPUs
+    are waited for at once, as what is built goes into Inductor's cache along with the code.
+    """
+    wait = AsyncCompile.wait
+    awaited: list[tuple[AsyncCompile, dict[str, Any]]] = []
+
+    def later(self: AsyncCompile, scope: dict[str, Any]) -> None:
+        if torch.accelerator.is_available():
+            wait(self, scope)
+        else:
+            awaited.append((self, scope))
+
+    AsyncCompile.wait = later  # type: ignore[method-assign]
+    try:
+        yield
+    finally:  # also where compiling failed: the same code may be loaded again
+        AsyncCompile.wait = wait  # type: ignore[method-assign]
+        for building, scope in awaited:
+            wait(building, scope)
 
 
 def compile_whole(
@@ -71,14 +100,13 @@ def _boxed(compiled: Compiled) -> Boxed:
     """Calls a compiled region with a list.
 
     AOTAutograd makes a function that empties such a list, so that memory is free as early as it can be, and wraps it in
-    functions that take `*args` and hold them until it returns. (Seen with torch 2.13: code that comes from the cache on
-    disk leaves the list as it is, so that in a second start arguments live until the region returns.)
+    functions that take `*args` and hold them until it returns.
     """
     inner: Any = compiled
     while inspect.isfunction(inner) and inner.__code__.co_flags & inspect.CO_VARARGS:
         inner = getattr(inner, "__wrapped__", None)
-    if inspect.isfunction(inner) and getattr(inner, "_boxed_call", False):
-        return inner
+    if getattr(inner, "_boxed_call", False):
+        return inner  # type: ignore[no-any-return]
 
     def call(arguments: list[Any]) -> Any:
         return compiled(*arguments)

@@ -380,13 +380,14 @@ def test_a_compiled_region_lets_its_arguments_go(compiler: str) -> None:
     of = captured("flux", batch=1)
     gm = graphs(of, {"ulysses": 1}, cut=True)[0]
     region = next(region for region, count in regions_of(gm).items() if count == 1)
-    with fresh_cache():  # what AOTAutograd makes of code from the disk cache does not empty the list
-        run = _boxed(compile_whole(region, examples_of(region), Options(compiler=compiler), {}))
+    with fresh_cache():
+        runs = [_boxed(compile_whole(region, examples_of(region), Options(compiler=compiler), {})) for _ in range(2)]
     inputs = [of.arguments[place] for place in places(gm, region)]
     with torch.no_grad():
-        found = run(given := list(inputs))
-        assert given == []
-        torch.testing.assert_close(tuple(found), region(*inputs), rtol=1e-4, atol=1e-4)
+        for run in runs:  # the second comes from Inductor's cache on disk
+            found = run(given := list(inputs))
+            assert given == []
+            torch.testing.assert_close(tuple(found), region(*inputs), rtol=1e-4, atol=1e-4)
 
 
 def places(gm: fx.GraphModule, region: fx.GraphModule) -> list[int]:
