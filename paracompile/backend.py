@@ -28,9 +28,9 @@ from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 from paracompile.options import Options
 from paracompile.overlap import inductor_settings
-from paracompile.passes import CacheLayout, CachePasses, CacheRules, local_lengths, pipeline, run_passes
+from paracompile.passes import CacheLayout, CachePasses, CacheRules, Found, local_lengths, pipeline, run_passes
 from paracompile.passes.attention_on_shards import Lengths
-from paracompile.passes.context_parallel import flops_of
+from paracompile.passes.plan_layouts import flops_of
 from paracompile.passes.drop_masked_keys import attends_to_visible
 from paracompile.passes.first_block_cache import COMPUTE
 from paracompile.patterns.blocks import find_blocks
@@ -84,9 +84,8 @@ def paracompile(
     lengths = None if chosen.shard_inputs else _lengths(gm, ranks, agreement)
     with agreement.stage("plan") as facts:
         _check_gradients(gm, example_inputs)
-        plans: list[Plan] = []
+        found = Found()
         reports: list[Report] = []
-        layouts: list[CacheLayout] = []
         gains = [repeats]
 
         def after(name: str, graph: fx.GraphModule) -> None:
@@ -95,16 +94,16 @@ def paracompile(
             if name == "normalise" and lengths is None:  # graphs of shards differ in their sizes
                 facts["graph"] = comparable(graph.print_readable(print_output=False, include_stride=True))
             if name == "schedule" and chosen.report is not None:  # the last graph that is all ATen
-                reports.append(_report(graph, ranks, plans, layouts, chosen))
+                reports.append(_report(graph, ranks, found, chosen))
             dump(name, graph)
 
         threshold = _threshold(chosen, gm, example_inputs)
         passes = pipeline(
             ranks,
-            planned=plans.append,
+            found=found,
             drop_keys=chosen.drop_masked_keys,
             lengths=lengths,
-            cache=_cache_passes(chosen, layouts.append) if chosen.caches else None,
+            cache=_cache_passes(chosen) if chosen.caches else None,
             regions=chosen.regions,
         )
         try:
@@ -116,11 +115,11 @@ def paracompile(
             return _whole(gm, example_inputs, chosen)
         if optional and not any(gains):
             return _whole(gm, example_inputs, chosen)
-        facts["plan"] = "\n".join([*map(describe, plans), *(str(layout.skipped) for layout in layouts)])
+        facts["plan"] = "\n".join([*map(describe, found.plans.values()), str(found.skipped)])
     with agreement.stage("compile"):
         compiled, compilation = compile_regions(local, chosen, {} if ranks.is_single else inductor_settings())
     make_room()
-    if chosen.caches and not layouts:
+    if chosen.caches and found.cache is None:
         warnings.warn(_NO_BLOCKS, stacklevel=2)
     if chosen.report is not None:
         chosen.report(replace(reports[-1], compilation=compilation))
@@ -131,9 +130,9 @@ def paracompile(
         source=ranks.members[0] if ranks.members else 0,
         names=tuple(node.name for _, node in _placeholders(gm) if not is_static(node)),
     )
-    if not layouts:
+    layout = found.cache
+    if layout is None:
         return lambda *args: compiled(*agree(args))
-    (layout,) = layouts
     return CachedCall(
         compiled,
         prepare=agree,
@@ -164,14 +163,14 @@ _NO_BLOCKS = (
 )
 
 
-def _cache_passes(options: Options, laid_out: Callable[[CacheLayout], object]) -> CachePasses:
+def _cache_passes(options: Options) -> CachePasses:
     rules = CacheRules(
         warmup_steps=options.warmup_steps,
         max_consecutive_hits=options.max_consecutive_hits,
         downsample_factor=options.downsample_factor,
         taylor_order=options.taylor_order,
     )
-    return CachePasses(options.first_blocks, options.last_blocks, rules, laid_out)
+    return CachePasses(options.first_blocks, options.last_blocks, rules)
 
 
 def _threshold(options: Options, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> float:
@@ -206,17 +205,15 @@ def _signs(gm: fx.GraphModule, layout: CacheLayout) -> CallSigns:
     return CallSigns(tuple(conditioning))
 
 
-def _report(
-    gm: fx.GraphModule, ranks: Ranks, plans: Sequence[Plan], layouts: Sequence[CacheLayout], options: Options
-) -> Report:
+def _report(gm: fx.GraphModule, ranks: Ranks, found: Found, options: Options) -> Report:
     """The report of a graph of which only the compiling is still to come."""
     skippable = _skippable_operations(gm)
-    report = report_of(plans, ranks, gm, operations(gm.graph, rule_for) + skippable, flops_of)
+    report = report_of(list(found.plans.values()), ranks, gm, operations(gm.graph, rule_for) + skippable, flops_of)
     if not options.caches:
         return report
-    if not layouts:
+    layout = found.cache
+    if layout is None:
         return replace(report, notes=(*report.notes, _NO_BLOCKS))
-    (layout,) = layouts
     return replace(
         report,
         blocks=len(layout.skipped.blocks),

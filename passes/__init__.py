@@ -15,24 +15,28 @@ from typing import Any
 from torch import fx
 
 from paracompile.errors import ParacompileError
-from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 from paracompile.passes.attention_on_shards import Lengths, attention_on_shards, local_lengths
 from paracompile.passes.cache_decision import CacheRules
-from paracompile.passes.context_parallel import batch_parallel, context_parallel
 from paracompile.passes.drop_masked_keys import drop_masked_keys
-from paracompile.passes.first_block_cache import CacheLayout, first_block_cache
-from paracompile.passes.mark_blocks import Skipped, mark_blocks
+from paracompile.passes.first_block_cache import first_block_cache
+from paracompile.passes.found import CacheLayout, Found
+from paracompile.passes.lower import lower
+from paracompile.passes.mark_blocks import mark_blocks
 from paracompile.passes.normalise import normalise
+from paracompile.passes.plan_layouts import plan_layouts
 from paracompile.passes.regions import cut_into_regions
 from paracompile.passes.schedule import schedule
+from paracompile.passes.split_and_gather import split_and_gather
 from paracompile.passes.static_lengths import static_lengths
 from paracompile.passes.subclasses import dispatch_on_subclasses
+from paracompile.passes.unified_attention import unified_attention
 
 __all__ = [
     "CacheLayout",
     "CachePasses",
     "CacheRules",
+    "Found",
     "Pass",
     "check_contracts",
     "local_lengths",
@@ -43,18 +47,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class CachePasses:
-    """The two passes of the first block cache: what they are told, and what they tell.
+    """What the two passes of the first block cache are told.
 
     attributes:
         first_blocks, last_blocks: blocks at either end that are always computed.
         rules: when the others are skipped.
-        laid_out: told what the graph takes and gives besides, if there is anything to skip.
     """
 
     first_blocks: int = 1
     last_blocks: int = 0
     rules: CacheRules = field(default_factory=CacheRules)
-    laid_out: Callable[[CacheLayout], object] = lambda layout: None
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Pass:
 def pipeline(
     ranks: Ranks,
     *,
-    planned: Callable[[Plan], object] = lambda plan: None,
+    found: Found | None = None,
     drop_keys: bool = True,
     lengths: Sequence[Lengths] | None = None,
     cache: CachePasses | None = None,
@@ -91,54 +93,55 @@ def pipeline(
     """The passes for a graph that is shared by `ranks`, in order.
 
     args:
-        planned: told each plan as it is made.
+        found: where the passes say what they find.
         drop_keys: drop keys that a mask hides from all.
         lengths: the graph's inputs are shards already, of these lengths on each rank (see `local_lengths`).
         cache: skip blocks whose effect hardly changes.
         regions: cut the graph for the compiler, along its blocks or (False) at conditionals only; None: leave it whole.
     """
+    found = Found() if found is None else found
     aten, static = frozenset({"functional ATen"}), frozenset({"functional ATen", "static lengths"})
-
-    def shard(run: Callable[..., fx.GraphModule], provides: str) -> Pass:
-        return Pass(run, requires=static, provides=provides, conflicts=frozenset({provides}))
-
-    cuts = []
-    if lengths is not None:
-        cuts.append(shard(partial(attention_on_shards, ranks=ranks, lengths=lengths), "local tokens"))
-    if lengths is None and ranks.batch.size > 1:
-        cuts.append(shard(partial(batch_parallel, axis=ranks.batch, planned=planned), "local rows"))
-    if lengths is None and ranks.sequence_size > 1:
-        cuts.append(shard(partial(context_parallel, ranks=ranks, planned=planned), "local tokens"))
-    marks, skips = _cache_passes(cache, ranks, static) if cache is not None else ([], [])
-    return [
+    passes = [
         Pass(normalise, provides="functional ATen"),
         Pass(static_lengths, requires=aten, provides="static lengths"),
-        *marks,
-        *cuts,
-        *([Pass(drop_masked_keys, requires=aten, provides="visible keys only")] if drop_keys else []),
-        *skips,
+    ]
+    if cache is not None:
+        mark = partial(mark_blocks, first_blocks=cache.first_blocks, last_blocks=cache.last_blocks, found=found)
+        passes.append(Pass(mark, requires=static, provides="marked blocks", conflicts=frozenset({"shards", "a rank"})))
+    if lengths is not None:
+        on_shards = partial(attention_on_shards, ranks=ranks, lengths=lengths)
+        passes.append(Pass(on_shards, requires=static, provides="a rank", conflicts=frozenset({"a rank"})))
+    elif not ranks.is_single:
+        passes += [
+            Pass(partial(plan_layouts, ranks=ranks, found=found), requires=static, provides="plans"),
+            Pass(
+                partial(split_and_gather, found=found),
+                requires=frozenset({"plans"}),
+                provides="shards",
+                conflicts=frozenset({"shards"}),
+            ),
+            Pass(
+                partial(unified_attention, found=found), requires=frozenset({"shards"}), provides="unified attention"
+            ),
+            Pass(
+                partial(lower, ranks=ranks),
+                requires=frozenset({"shards", "unified attention"}),
+                provides="a rank",
+                conflicts=frozenset({"a rank"}),
+            ),
+        ]
+    if drop_keys:
+        passes.append(Pass(drop_masked_keys, requires=aten, provides="visible keys only"))
+    if cache is not None:
+        skip = partial(first_block_cache, rules=cache.rules, ranks=ranks, found=found)
+        passes.append(Pass(skip, requires=frozenset({"marked blocks"}), provides="first block cache"))
+    passes += [
         Pass(schedule, requires=aten, provides="overlap"),
         Pass(dispatch_on_subclasses, requires=aten, provides="subclasses asked"),
-        *([Pass(partial(cut_into_regions, along_blocks=regions), provides="regions")] if regions is not None else []),
     ]
-
-
-def _cache_passes(cache: CachePasses, ranks: Ranks, static: frozenset[str]) -> tuple[list[Pass], list[Pass]]:
-    """What comes before the graph is cut, and what after."""
-    found: list[Skipped] = []
-    mark = partial(mark_blocks, first_blocks=cache.first_blocks, last_blocks=cache.last_blocks, found=found.append)
-    skip = partial(
-        first_block_cache,
-        skipped=lambda: found[-1] if found else None,
-        rules=cache.rules,
-        ranks=ranks,
-        laid_out=cache.laid_out,
-    )
-    cut = frozenset({"local tokens", "local rows"})
-    return (
-        [Pass(mark, requires=static, provides="marked blocks", conflicts=cut)],
-        [Pass(skip, requires=frozenset({"marked blocks"}), provides="first block cache")],
-    )
+    if regions is not None:
+        passes.append(Pass(partial(cut_into_regions, along_blocks=regions), provides="regions"))
+    return passes
 
 
 def check_contracts(passes: Sequence[Pass]) -> None:

@@ -11,7 +11,7 @@ both is refused: a rank would hold what its queries see of its own keys, and not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,12 +20,12 @@ from torch._guards import detect_fake_mode
 
 from paracompile.errors import GraphError
 from paracompile.layout.factors import Place
-from paracompile.layout.graph import Operation, Value, is_tensor, operations, shape_of
+from paracompile.layout.graph import is_tensor, node_of, operations, shape_of
 from paracompile.layout.places import Attention
 from paracompile.layout.plan import Sharding, Shares
 from paracompile.mesh import Axis, Ranks
+from paracompile.passes.lower_attention import AttentionOnTokens, UnifiedAttention
 from paracompile.passes.tokens import all_tokens
-from paracompile.passes.unified_attention import UnifiedAttention
 from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.attention import find_attentions
 from paracompile.patterns.rules import rule_for
@@ -75,65 +75,57 @@ def attention_on_shards(
             f"the lengths of the attentions, {own}, are not those that the ranks agreed on, {lengths}",
             "this is a mistake in paracompile: please report it with the graph that options={'dump': FOLDER} writes",
         )
-    shardings: dict[tuple[Operation, int], Sharding] = {}
-    for number, attention in enumerate(attentions):
-        for slot, which in ((attention.query, 0), (attention.key, 1)):
-            by_rank = [of_rank[number][which] for of_rank in lengths]
-            shardings[attention.operation, slot] = _sharding(attention, slot, by_rank)
-        _check_mask(attention)
-    shares = Shares(ranks.sequence_size, 0, chunked=True)
-    unified = UnifiedAttention(ranks, shares, lambda operation, slot: shardings.get((operation, slot)))
     write = GraphWriter(fake_mode, gm.graph)
-    for attention in attentions:
-        node = attention.operation.node
-        lengths_of = [shardings[attention.operation, slot].segments for slot in (attention.query, attention.key)]
-        graph = _Shards(write, ranks.sequence, shares, (lengths_of[0], lengths_of[1]))
+    unified = UnifiedAttention(ranks)
+    for number, attention in enumerate(attentions):
+        _check_mask(attention)
+        queries, keys = (
+            _sharding(attention, slot, [of_rank[number][which] for of_rank in lengths])
+            for which, slot in enumerate((attention.query, attention.key))
+        )
+        operation, node = attention.operation, attention.operation.node
+        assert operation.op is not None
+        arguments = operation.op.arguments
+        operands = [node_of(value) for value in operation.operands]
         with gm.graph.inserting_before(node):
             write.origin = node
-            node.replace_all_uses_with(unified(graph, attention))
+            mask = None
+            if attention.mask is not None:
+                mask = _whole_mask(write, ranks.sequence, operands[attention.mask], queries, keys)
+            attended = unified(
+                write,
+                AttentionOnTokens(
+                    origin=node,
+                    query=operands[attention.query],
+                    key=operands[attention.key],
+                    value=operands[attention.value],
+                    mask=mask,
+                    is_causal=attention.is_causal,
+                    scale=arguments["scale"],
+                    enable_gqa=bool(arguments["enable_gqa"]),
+                    queries=queries,
+                    keys=keys,
+                ),
+            )
+            node.replace_all_uses_with(attended)
         gm.graph.erase_node(node)
     gm.graph.lint()
     gm.recompile()
     return gm
 
 
-@dataclass
-class _Shards:
-    """One attention of the graph as `UnifiedAttention` sees it: operands are cut already, masks too.
-
-    attributes:
-        axis: the ranks that share the sequence.
-        shares: how they share it.
-        segments: of the queries and of the keys.
-    """
-
-    write: GraphWriter
-    axis: Axis
-    shares: Shares
-    segments: tuple[tuple[int, ...], tuple[int, ...]]
-
-    def operand(self, operation: Operation, slot: int) -> fx.Node:
-        return _node_of(operation.operands[slot])
-
-    def whole_form(self, value: Value) -> fx.Node:
-        """A mask of (..., queries, keys), gathered along the one of the two that it has."""
-        mask, shape = _node_of(value), shape_of(value)
-        for dim, segments in zip((-2, -1), self.segments, strict=True):
-            if len(shape) + dim >= 0 and shape[dim] > 1:
-                sharding = Sharding(Place(len(shape) + dim, sum(segments)), segments)
-                whole = (*shape[:dim], sum(segments), *shape[len(shape) + dim + 1 :])
-                gathered: fx.Node = all_tokens(
-                    self.write, mask, whole, sharding, self.shares, self.axis.rank, self.axis.group
-                )
-                return gathered
-        return mask
-
-
-def _node_of(value: Value) -> fx.Node:
-    """The node that names the value: its producer, or the `getitem` of one of several results."""
-    if isinstance(value.node.meta["val"], (tuple, list)):
-        return next(user for user in value.node.users if user.args[1:] == (value.index,))
-    return value.node
+def _whole_mask(write: GraphWriter, axis: Axis, mask: fx.Node, queries: Sharding, keys: Sharding) -> fx.Node:
+    """A mask of (..., queries, keys), gathered along the one of the two that it has."""
+    shape = tuple(mask.meta["val"].shape)
+    for dim, tokens in ((-2, queries), (-1, keys)):
+        if len(shape) + dim >= 0 and shape[dim] > 1:
+            place = Place(len(shape) + dim, tokens.place.length)
+            whole = (*shape[:dim], place.length, *shape[place.dim + 1 :])
+            gathered: fx.Node = all_tokens(
+                write, mask, whole, replace(tokens, place=place), axis.rank, axis.group
+            )
+            return gathered
+    return mask
 
 
 def _sharding(attention: Attention, slot: int, by_rank: Sequence[int]) -> Sharding:
@@ -147,7 +139,7 @@ def _sharding(attention: Attention, slot: int, by_rank: Sequence[int]) -> Shardi
             "cut the inputs with torch.chunk(x, ranks, dim)[rank], rank 0 first",
         )
     shape = shape_of(attention.operation.operands[slot])
-    return Sharding(Place(len(shape) - 2, total), (total,))
+    return Sharding(Place(len(shape) - 2, total), (total,), Shares(len(by_rank), 0, chunked=True))
 
 
 def _check_mask(attention: Attention) -> None:

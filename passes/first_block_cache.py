@@ -46,11 +46,12 @@ from paracompile.passes.cache_decision import (
     residual_of,
     sum_of_sizes,
 )
-from paracompile.passes.mark_blocks import Skipped, part_of, roles_of
+from paracompile.passes.found import CacheLayout, Found, Skipped
+from paracompile.passes.mark_blocks import part_of, roles_of
 from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import AUTOCAST_EDGES
 
-__all__ = ["COMPUTE", "COND", "REUSE", "CacheLayout", "first_block_cache"]
+__all__ = ["COMPUTE", "COND", "REUSE", "first_block_cache"]
 
 aten = torch.ops.aten
 
@@ -59,49 +60,20 @@ REUSE, COMPUTE = "reuse", "compute"
 """The names of the two branches, submodules of the graph."""
 
 
-@dataclass(frozen=True)
-class CacheLayout:
-    """What a graph with a cache takes beside its own inputs, in this order, and gives beside its own outputs.
-
-    attributes:
-        control, record: fake tensors like those two inputs; the record is also the last output.
-        state: fake tensors like the stored values, the previous residual first.
-        skipped: what may be skipped.
-    """
-
-    control: torch.Tensor
-    record: torch.Tensor
-    state: tuple[torch.Tensor, ...]
-    skipped: Skipped
-
-    @property
-    def state_bytes(self) -> int:
-        return sum(value.numel() * value.element_size() for value in self.state)
-
-
 def first_block_cache(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[object],
-    *,
-    skipped: Callable[[], Skipped | None],
-    rules: CacheRules,
-    ranks: Ranks,
-    laid_out: Callable[[CacheLayout], object] = lambda layout: None,
+    gm: fx.GraphModule, example_inputs: Sequence[object], *, rules: CacheRules, ranks: Ranks, found: Found
 ) -> fx.GraphModule:
     """Writes the conditional; a graph in which nothing was marked stays as it is.
 
     args:
-        skipped: what `mark_blocks` found.
         ranks: all ranks that share the work; they decide together.
-        laid_out: told what the graph takes and gives besides.
 
     raises:
         GraphError: the middle blocks cannot be taken out of the graph.
     """
-    marked = skipped()
-    if marked is None:
-        return gm
-    return _Writer(gm, marked, rules, ranks).run(laid_out)
+    if found.skipped is not None:
+        found.cache = _Writer(gm, found.skipped, rules, ranks).run()
+    return gm
 
 
 @dataclass(frozen=True)
@@ -128,7 +100,7 @@ class _Writer:
             for role, form in roles_of(node).items():
                 self.roles.setdefault(role, {}).setdefault(form, node)
 
-    def run(self, laid_out: Callable[[CacheLayout], object]) -> fx.GraphModule:
+    def run(self) -> CacheLayout:
         middle = [node for node in self.graph.nodes if part_of(node) == "middle"]
         kept = self._kept(set(middle))
         self._sink(kept)
@@ -164,8 +136,7 @@ class _Writer:
         self.graph.eliminate_dead_code()
         self.graph.lint()
         self.gm.recompile()
-        laid_out(layout)
-        return self.gm
+        return layout
 
     # What is stored
 

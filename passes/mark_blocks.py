@@ -18,8 +18,7 @@ Requires functional ATen with static sizes; changes nothing but `meta`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -27,10 +26,11 @@ from torch import fx
 
 from paracompile.errors import GraphError, OptionError
 from paracompile.layout.graph import is_static, is_tensor
+from paracompile.passes.found import Found, Skipped
 from paracompile.patterns.autocast import AUTOCAST_EDGES
 from paracompile.patterns.blocks import Stream, find_stream, residual_source
 
-__all__ = ["Part", "Skipped", "mark_blocks", "part_of", "roles_of"]
+__all__ = ["Part", "mark_blocks", "part_of", "roles_of"]
 
 aten = torch.ops.aten
 
@@ -38,23 +38,6 @@ Part = Literal["front", "middle", "back"]
 
 _ORDER: dict[Part, int] = {"front": 0, "middle": 1, "back": 2}
 _NARROWS = {aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default}
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """What may be skipped in one graph.
-
-    attributes:
-        blocks: the modules of all blocks on the stream, in order.
-        middle: those that may be skipped.
-        sample: the place of the graph input that is denoised, among all inputs; None where it is not clear.
-        times: the places of timesteps, and of inputs like them that hold one number a row or one at all: guidance.
-    """
-
-    blocks: tuple[str, ...]
-    middle: tuple[str, ...]
-    sample: int | None
-    times: tuple[int, ...]
 
 
 def part_of(node: fx.Node) -> Part:
@@ -77,9 +60,9 @@ def mark_blocks(
     *,
     first_blocks: int = 1,
     last_blocks: int = 0,
-    found: Callable[[Skipped], object] = lambda skipped: None,
+    found: Found,
 ) -> fx.GraphModule:
-    """Marks the graph's nodes; leaves a graph without repeated blocks as it is, and `found` is not told of any.
+    """Marks the graph's nodes; leaves a graph without repeated blocks as it is, and tells `found` nothing.
 
     args:
         first_blocks: blocks at the front that are always computed and decide.
@@ -111,7 +94,7 @@ def mark_blocks(
         if source is not None:
             _mark(source, f"enter {number}")
     times = _times(gm.graph)
-    found(Skipped(paths, paths[first_blocks:end], _sample(gm.graph, stream, times), times))
+    found.skipped = Skipped(paths, paths[first_blocks:end], _sample(gm.graph, stream, times), times)
     return gm
 
 

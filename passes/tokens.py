@@ -18,30 +18,31 @@ aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 
 
-def own_tokens(call: Call, x: Any, shape: Shape, sharding: Sharding, shares: Shares, rank: int) -> Any:
+def own_tokens(call: Call, x: Any, shape: Shape, sharding: Sharding, rank: int) -> Any:
     """The part that `rank` holds of `x`, a whole value of `shape`: its piece of each segment, joined."""
     place = sharding.place
     pieces, start = [], 0
     opened = _open(call, x, shape, place, place.length)
     for length in sharding.segments:
-        first, count = shares.window(length, rank)
+        first, count = sharding.shares.window(length, rank)
         if count:
             pieces.append((start + first, start + first + count))
         start += length
     joined = _join(call, opened, pieces or [(0, 0)], place.dim + (place.outer > 1))
-    return _close(call, joined, sharding.local_shape(shape, shares, rank), place)
+    return _close(call, joined, sharding.local_shape(shape, rank), place)
 
 
-def all_tokens(call: Call, x: Any, shape: Shape, sharding: Sharding, shares: Shares, rank: int, group: str) -> Any:
+def all_tokens(call: Call, x: Any, shape: Shape, sharding: Sharding, rank: int, group: str) -> Any:
     """The whole value of `shape` from every rank's part; `x` is the part that `rank` holds.
 
     Parts that differ in length are padded to the longest for the journey, and the padding is dropped on arrival.
     """
-    place, ranks = sharding.place, shares.ranks
-    locals_ = [shares.local(sharding.segments, other) for other in range(ranks)]
+    place, shares = sharding.place, sharding.shares
+    ranks = shares.ranks
+    locals_ = [sharding.local(other) for other in range(ranks)]
     longest = max(locals_)
     dim = place.dim + (place.outer > 1)
-    x = _open(call, x, sharding.local_shape(shape, shares, rank), place, locals_[rank])
+    x = _open(call, x, sharding.local_shape(shape, rank), place, locals_[rank])
     if locals_[rank] < longest:
         behind = len(_opened_shape(shape, place, longest)) - 1 - dim
         x = call(aten.constant_pad_nd.default, x, [0, 0] * behind + [0, longest - locals_[rank]])

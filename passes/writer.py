@@ -12,7 +12,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from paracompile.patterns.regions import look_of
 
-_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "cache_part")
+__all__ = ["PROVENANCE", "GraphWriter"]
+
+PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "cache_part")
+"""What a node that is written in another's place takes over of its `meta`."""
 
 
 class GraphWriter:
@@ -62,4 +65,4 @@ class GraphWriter:
 
     def _mark(self, node: fx.Node) -> None:
         if self.origin is not None:
-            node.meta.update({key: self.origin.meta[key] for key in _PROVENANCE if key in self.origin.meta})
+            node.meta.update({key: self.origin.meta[key] for key in PROVENANCE if key in self.origin.meta})

@@ -23,7 +23,7 @@ from random_tensors import draw
 from torch import Tensor, fx
 
 from paracompile.mesh import Ranks
-from paracompile.passes import CacheLayout, CachePasses, CacheRules, pipeline, run_passes
+from paracompile.passes import CacheLayout, CachePasses, CacheRules, Found, pipeline, run_passes
 from paracompile.passes.cache_decision import Record
 
 ALWAYS, NEVER = 1e9, 0.0
@@ -116,12 +116,17 @@ def cached(
 ) -> CachedGraphs:
     """The graphs of the ranks of a mesh, given as sizes by axis (one rank if left out); `rules` are `CacheRules`."""
     mesh = mesh or {"ulysses": 1}
-    layouts: list[CacheLayout] = []
-    cache_passes = CachePasses(first_blocks, last_blocks, CacheRules(**rules), layouts.append)
+    cache_passes = CachePasses(first_blocks, last_blocks, CacheRules(**rules))
+    found = [Found() for _ in range(prod(mesh.values()))]
     graphs = [
-        run_passes(of.gm, of.example_inputs, pipeline(Ranks.simulated(**mesh, rank=rank), cache=cache_passes))
-        for rank in range(prod(mesh.values()))
+        run_passes(
+            of.gm,
+            of.example_inputs,
+            pipeline(Ranks.simulated(**mesh, rank=rank), found=of_rank, cache=cache_passes),
+        )
+        for rank, of_rank in enumerate(found)
     ]
+    layouts = [of_rank.cache for of_rank in found if of_rank.cache is not None]
     return CachedGraphs(of, graphs, layouts, mesh)
 
 

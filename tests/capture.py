@@ -21,8 +21,8 @@ from paracompile.errors import module_path
 from paracompile.layout.graph import Operation, operations
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
-from paracompile.passes import pipeline, run_passes
-from paracompile.passes.context_parallel import flops_of
+from paracompile.passes import Found, pipeline, run_passes
+from paracompile.passes.plan_layouts import flops_of
 from paracompile.patterns.rules import rule_for
 from paracompile.report.report import Report, report_of
 
@@ -119,11 +119,12 @@ def capture(model: Callable[..., Any], inputs: Inputs) -> Captured:
 def shard(of: Captured, mesh: dict[str, int]) -> Sharded:
     """Runs the passes for every rank of a mesh, given as sizes by axis."""
     ranks = prod(mesh.values())
-    plans: list[list[Plan]] = [[] for _ in range(ranks)]
+    found = [Found() for _ in range(ranks)]
     graphs = [
-        run_passes(of.gm, of.example_inputs, pipeline(Ranks.simulated(**mesh, rank=rank), planned=plans[rank].append))
+        run_passes(of.gm, of.example_inputs, pipeline(Ranks.simulated(**mesh, rank=rank), found=found[rank]))
         for rank in range(ranks)
     ]
+    plans = [list(of_rank.plans.values()) for of_rank in found]
     reports = [
         report_of(of_rank, Ranks.simulated(**mesh, rank=rank), gm, operations(gm.graph, rule_for), flops_of)
         for rank, (of_rank, gm) in enumerate(zip(plans, graphs, strict=True))

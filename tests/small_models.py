@@ -24,8 +24,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from paracompile.layout.graph import operations
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
-from paracompile.passes import pipeline, run_passes
-from paracompile.passes.context_parallel import flops_of
+from paracompile.passes import Found, pipeline, run_passes
+from paracompile.passes.plan_layouts import flops_of
 from paracompile.passes.normalise import normalise
 from paracompile.patterns.rules import rule_for
 from paracompile.report.report import Report, report_of
@@ -119,7 +119,7 @@ def shard(model: Callable[..., Any], inputs: Sequence[Any], mesh: Mesh = 2) -> S
     ranks = prod(sizes.values())
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        plans: list[list[Plan]] = [[] for _ in range(ranks)]
+        found = [Found() for _ in range(ranks)]
         after_normalise: list[fx.GraphModule] = []
 
         def after(name: str, graph: fx.GraphModule) -> None:
@@ -130,20 +130,20 @@ def shard(model: Callable[..., Any], inputs: Sequence[Any], mesh: Mesh = 2) -> S
             run_passes(
                 gm,
                 example_inputs,
-                pipeline(Ranks.simulated(**sizes, rank=rank), planned=plans[rank].append),
+                pipeline(Ranks.simulated(**sizes, rank=rank), found=found[rank]),
                 after=after,
             )
             for rank in range(ranks)
         ]
-        first = Ranks.simulated(**sizes)
-        report = report_of(plans[0], first, graphs[0], operations(graphs[0].graph, rule_for), flops_of)
-        found = Sharded(gm, after_normalise[0], plans[0][-1], graphs, report)
-        kept.append(found)
+        first, plans = Ranks.simulated(**sizes), list(found[0].plans.values())
+        report = report_of(plans, first, graphs[0], operations(graphs[0].graph, rule_for), flops_of)
+        sharded = Sharded(gm, after_normalise[0], plans[-1], graphs, report)
+        kept.append(sharded)
 
         def run(*args: Any) -> Any:
             others = [pytree.tree_map_only(Tensor, Tensor.clone, args) for _ in range(1, ranks)]
-            found.outputs = run_lockstep(graphs, [args, *others], sizes)
-            return found.outputs[0]
+            sharded.outputs = run_lockstep(graphs, [args, *others], sizes)
+            return sharded.outputs[0]
 
         return run
 

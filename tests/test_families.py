@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from paracompile.layout.graph import operations
-from paracompile.passes.context_parallel import flops_of
+from paracompile.passes.plan_layouts import flops_of
 from paracompile.patterns.rules import rule_for
 
 RANKS = (2, 4)

@@ -40,7 +40,7 @@ from paracompile.layout.graph import Operation, Value, value_of
 from paracompile.layout.places import Attention
 from paracompile.layout.plan import Plan, Sharding, Shares, make_plan
 from paracompile.layout.segments import find_segments
-from paracompile.passes.context_parallel import flops_of
+from paracompile.passes.plan_layouts import flops_of
 from paracompile.patterns.attention import find_attentions
 from paracompile.patterns.rules import rule_for
 

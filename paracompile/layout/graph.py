@@ -71,6 +71,13 @@ def value_of(node: fx.Node) -> Value:
     return Value(node)
 
 
+def node_of(value: Value) -> fx.Node:
+    """The node that names a value: its producer, or the `getitem` of one of several results."""
+    if isinstance(value.node.meta["val"], (tuple, list)):
+        return next(user for user in value.node.users if user.args[1:] == (value.index,))
+    return value.node
+
+
 def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
@@ -119,6 +126,28 @@ def _operation(node: fx.Node, rule_for: Callable[[OpOverload[..., Any]], Rule | 
     arguments = {name: stand_in(argument) for name, argument in named_arguments(node).items()}
     op = Op(node.target, arguments, tuple(map(shape_of, found)), tuple(map(shape_of, results)))
     return Operation(node, op, rule_for(node.target) if results else None, tuple(found), results)
+
+
+def spelled(operation: Operation, operands: Sequence[fx.Node]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments of an operation on these operands."""
+    assert operation.op is not None
+    args, kwargs = [], {}
+    for parameter in operation.op.target._schema.arguments:
+        if parameter.name in operation.op.arguments:
+            argument = _fill(operation.op.arguments[parameter.name], operands)
+            if parameter.kwarg_only:
+                kwargs[parameter.name] = argument
+            else:
+                args.append(argument)
+    return tuple(args), kwargs
+
+
+def _fill(argument: Any, operands: Sequence[fx.Node]) -> Any:
+    if isinstance(argument, Operand):
+        return operands[argument.index]
+    if isinstance(argument, (list, tuple)):
+        return [_fill(item, operands) for item in argument]
+    return argument
 
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:

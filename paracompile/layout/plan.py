@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import fx
 from torch._ops import OpOverload
@@ -54,15 +55,36 @@ class Shares:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How one value is cut: where its tokens sit and into which segments they fall."""
+    """How one value is cut along one axis: where its tokens sit, into which segments they fall, and who holds what."""
 
     place: Place
     segments: Lengths
+    shares: Shares
 
-    def local_shape(self, shape: Shape, shares: Shares, rank: int) -> Shape:
+    def local(self, rank: int) -> int:
+        """How many tokens `rank` holds."""
+        return self.shares.local(self.segments, rank)
+
+    def local_shape(self, shape: Shape, rank: int) -> Shape:
         """The shape of the part that `rank` holds of a value of `shape`."""
-        place, local = self.place, shares.local(self.segments, rank)
-        return (*shape[: place.dim], place.outer * local * place.inner, *shape[place.dim + 1 :])
+        place = self.place
+        return (*shape[: place.dim], place.outer * self.local(rank) * place.inner, *shape[place.dim + 1 :])
+
+    def apart(self, other: Sharding) -> bool:
+        """Whether another axis may cut the same value as `other` says: another dimension, or what lies around this."""
+        one, two = self.place, other.place
+        return one.dim != two.dim or one.inner >= two.length * two.inner or two.inner >= one.length * one.inner
+
+    def beside(self, other: Sharding, rank: int) -> Sharding:
+        """This sharding, in a value of which `rank` holds only its part of what `other` cuts."""
+        one, two = self.place, other.place
+        if one.dim != two.dim:
+            return self
+        if two.inner >= one.length * one.inner:
+            place = replace(one, outer=one.outer // two.length * other.local(rank))
+        else:
+            place = replace(one, inner=one.inner // two.length * other.local(rank))
+        return replace(self, place=place)
 
 
 @dataclass(frozen=True)
@@ -85,10 +107,19 @@ class Plan:
     segments: Segments
     shares: Shares
 
+    @cached_property
+    def by_node(self) -> Mapping[fx.Node, Operation]:
+        """The operations by the nodes that they are."""
+        return {operation.node: operation for operation in self.operations}
+
+    def cuts_node(self, node: fx.Node) -> bool:
+        """Whether a node is an operation that is cut."""
+        return node in self.by_node and self.by_node[node] in self.cuts
+
     def result(self, value: Value) -> Sharding | None:
         """How a value is cut where it is made; None if it is whole."""
         lengths = self.segments.values.get(value)
-        return Sharding(self.places[value], lengths) if lengths is not None else None
+        return Sharding(self.places[value], lengths, self.shares) if lengths is not None else None
 
     def operand(self, operation: Operation, slot: int) -> Sharding | None:
         """How a cut operation wants an operand; None if whole."""
@@ -99,7 +130,7 @@ class Plan:
         if place is None:  # an exchanged key or value: cut along its own tokens
             *_, tokens, _ = shape = operation.op.operands[slot] if operation.op else ()
             place = Place(len(shape) - 2, tokens)
-        return Sharding(place, lengths)
+        return Sharding(place, lengths, self.shares)
 
     def exchanged(self, operation: Operation) -> Attention | None:
         """The attention whose tokens the ranks exchange in this operation, if it is one."""

@@ -1,0 +1,63 @@
+"""What the passes of one compile find: the one door through which a pass tells those behind it, and the backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from paracompile.layout.plan import Plan
+
+__all__ = ["CacheLayout", "Found", "Skipped"]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What may be skipped in one graph.
+
+    attributes:
+        blocks: the modules of all blocks on the stream, in order.
+        middle: those that may be skipped.
+        sample: the place of the graph input that is denoised, among all inputs; None where it is not clear.
+        times: the places of timesteps, and of inputs like them that hold one number a row or one at all: guidance.
+    """
+
+    blocks: tuple[str, ...]
+    middle: tuple[str, ...]
+    sample: int | None
+    times: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What a graph with a cache takes beside its own inputs, in this order, and gives beside its own outputs.
+
+    attributes:
+        control, record: fake tensors like those two inputs; the record is also the last output.
+        state: fake tensors like the stored values, the previous residual first.
+        skipped: what may be skipped.
+    """
+
+    control: torch.Tensor
+    record: torch.Tensor
+    state: tuple[torch.Tensor, ...]
+    skipped: Skipped
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(value.numel() * value.element_size() for value in self.state)
+
+
+@dataclass
+class Found:
+    """What was found in one graph.
+
+    attributes:
+        plans: by mesh axis, what its ranks cut and how (`plan_layouts`).
+        skipped: what may be skipped (`mark_blocks`); None without a cache, or where there are no blocks.
+        cache: what the graph takes and gives for it (`first_block_cache`).
+    """
+
+    plans: dict[str, Plan] = field(default_factory=dict)
+    skipped: Skipped | None = None
+    cache: CacheLayout | None = None

@@ -1,0 +1,240 @@
+"""Writes what one rank does: its shapes, its windows, its exchanges. The only pass that knows a rank.
+
+    before, the same on every rank                        after, on rank r of 2
+    x_part = shard(x, "sequence", 1, [4096])              x_part = x[:, 2048 r : 2048 (r + 1)]
+    h = linear(x_part, w)          f32[1, 4096, 64]       h = linear(x_part, w)          f32[1, 2048, 64]
+    q = view(h, [1, 4096, 4, 16])                         q = view(h, [1, 2048, 4, 16])
+    o = unified_attention(q, k, v)                        v, k, q: all_to_all tokens -> heads
+                                                          attention on some heads, all tokens   (a ring, if there is one)
+                                                          o: all_to_all heads -> tokens
+    y = unshard(o, "sequence", 1, [4096])                 y = all_gather(o)
+
+One walk writes a new graph. Every node is evaluated on fake tensors as it is written, and the shape of what is cut is
+held against the plan's. The result is a function of the graph and the rank alone: it needs no process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+
+from paracompile.errors import GraphError
+from paracompile.layout.factors import Operand, Shape
+from paracompile.layout.graph import Operation, Value, is_tensor, operations, shape_of, spelled, tensor_of, value_of
+from paracompile.layout.plan import Sharding
+from paracompile.mesh import Axis, Ranks
+from paracompile.passes.localise import localised
+from paracompile.passes.lower_attention import AttentionOnTokens, UnifiedAttention
+from paracompile.passes.split_and_gather import shardings_of
+from paracompile.passes.tokens import all_tokens, own_tokens
+from paracompile.passes.writer import GraphWriter
+from paracompile.patterns.autocast import AUTOCAST_EDGES, ENTER_AUTOCAST
+from paracompile.patterns.rules import rule_for
+from paracompile.runtime.placement import SHARD, UNIFIED_ATTENTION, UNSHARD
+
+
+def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ranks) -> fx.GraphModule:
+    """The graph of the rank that `ranks` is seen from; `gm` stays as it is.
+
+    raises:
+        GraphError: an attention whose heads cannot be shared, or a mistake in a rule.
+    """
+    return _Lowering(gm, ranks).run()
+
+
+class _Lowering:
+    """One walk.
+
+    attributes:
+        axes: those along which anything may be cut.
+        write: writes nodes into the new graph.
+        values: what was written for each tensor of the graph.
+        others: what was written for nodes that are no tensors.
+        regions: the autocast regions that were entered, by the nodes that enter them.
+    """
+
+    def __init__(self, gm: fx.GraphModule, ranks: Ranks) -> None:
+        self.gm = gm
+        self.axes = {axis.name: axis for axis in (ranks.batch, ranks.sequence)}
+        self.attention = UnifiedAttention(ranks)
+        self.by_node = {operation.node: operation for operation in operations(gm.graph, rule_for)}
+        fake_mode = detect_fake_mode([node.meta["val"] for node in gm.graph.nodes if is_tensor(node)])
+        assert fake_mode is not None
+        self.write = GraphWriter(fake_mode)
+        self.values: dict[Value, fx.Node] = {}
+        self.others: dict[fx.Node, fx.Node] = {}
+        self.regions: dict[fx.Node, contextlib.ExitStack] = {}
+
+    def run(self) -> fx.GraphModule:
+        with contextlib.ExitStack() as open_regions:
+            for node in self.gm.graph.nodes:
+                self._node(node, open_regions)
+        for node in self.gm.graph.nodes:
+            self._carry_roles(node)
+        self.write.graph.lint()
+        local = fx.GraphModule(self.gm, self.write.graph)
+        local.meta.update(self.gm.meta)
+        if hasattr(self.gm, "_param_name_to_source"):
+            local._param_name_to_source = self.gm._param_name_to_source
+        return local
+
+    def _node(self, node: fx.Node, open_regions: contextlib.ExitStack) -> None:
+        self.write.origin = node
+        if node.target is operator.getitem and value_of(node) in self.values:
+            return  # written together with its producer
+        operation = self.by_node.get(node)
+        if operation is not None and operation.results:
+            self._operation(operation)
+            return
+        copied = self.write.copy(node, *self._arguments(node))
+        self.others[node] = copied
+        if is_tensor(node):
+            self.values[value_of(node)] = copied
+        elif node.target in AUTOCAST_EDGES:
+            self._autocast(node, open_regions)
+
+    def _operation(self, operation: Operation) -> None:
+        node = operation.node
+        if node.target is SHARD:
+            written = self._part(operation)
+        elif node.target is UNSHARD:
+            written = self._whole(operation)
+        elif node.target is UNIFIED_ATTENTION:
+            written = self._unified_attention(operation)
+        elif any(map(shardings_of, operation.results)):
+            written = self._cut(operation)
+        else:
+            written = self.write.copy(node, *self._arguments(node))
+        if isinstance(written.meta["val"], torch.Tensor):
+            self.values[operation.results[0]] = written
+        else:
+            for value in operation.results:
+                self.values[value] = self.write(operator.getitem, written, value.index)
+        for value in operation.results:
+            if shardings_of(value):
+                self._verify(value)
+
+    def _arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return cast(Any, fx.map_arg((node.args, node.kwargs), self._written))
+
+    def _written(self, node: fx.Node) -> fx.Node:
+        return self.values[value_of(node)] if is_tensor(node) else self.others[node]
+
+    def _autocast(self, node: fx.Node, open_regions: contextlib.ExitStack) -> None:
+        """Enters or leaves an autocast region for real, so that what is written inside gets its types."""
+        if node.target is ENTER_AUTOCAST:
+            self.regions[node] = open_regions.enter_context(contextlib.ExitStack())
+            self.regions[node].enter_context(torch.autocast(*cast(Any, node.args)))
+        else:
+            entered = node.args[0]
+            assert isinstance(entered, fx.Node)
+            self.regions[entered].close()
+
+    def _carry_roles(self, node: fx.Node) -> None:
+        """Gives what was written the roles that `mark_blocks` gave its value, and says which are parts."""
+        roles: dict[str, str] = node.meta.get("cache_roles", {})
+        if roles:
+            form = "/part" * len(shardings_of(value_of(node)))
+            self._written(node).meta["cache_roles"] = {role: before + form for role, before in roles.items()}
+
+    # How values are cut
+
+    def _cuts(self, value: Value, without: str = "") -> list[tuple[Axis, Sharding]]:
+        """How a value is cut, axis by axis, each where those before it have left only this rank's part."""
+        found: list[tuple[Axis, Sharding]] = []
+        form = shardings_of(value)
+        for name, axis in self.axes.items():
+            if name in form and name != without:
+                sharding = form[name]
+                for other, before in found:
+                    sharding = sharding.beside(before, other.rank)
+                found.append((axis, sharding))
+        return found
+
+    def _local_shape(self, value: Value, without: str = "") -> Shape:
+        shape = shape_of(value)
+        for axis, sharding in self._cuts(value, without):
+            shape = sharding.local_shape(shape, axis.rank)
+        return shape
+
+    def _verify(self, value: Value) -> None:
+        found, dtype = self.values[value].meta["val"], tensor_of(value).dtype
+        expected = self._local_shape(value)
+        if tuple(found.shape) != expected or found.dtype != dtype:
+            raise GraphError(
+                value.node,
+                f"on rank {self.axes['sequence'].rank} it has the shape {tuple(found.shape)} ({found.dtype}) where the "
+                f"analysis expects {expected} ({dtype})",
+                "this is a mistake in paracompile's rule for the operator: please report it with the graph that "
+                'options={"dump": FOLDER} writes',
+            )
+
+    # What is moved between ranks
+
+    def _part(self, operation: Operation) -> fx.Node:
+        (source,), (part,) = operation.operands, operation.results
+        axis, sharding, shape = self._moved(operation, part)
+        made: fx.Node = own_tokens(self.write, self.values[source], shape, sharding, axis.rank)
+        return made
+
+    def _whole(self, operation: Operation) -> fx.Node:
+        (part,) = operation.operands
+        axis, sharding, shape = self._moved(operation, part)
+        made: fx.Node = all_tokens(self.write, self.values[part], shape, sharding, axis.rank, axis.group)
+        return made
+
+    def _moved(self, operation: Operation, part: Value) -> tuple[Axis, Sharding, Shape]:
+        """The axis of a `shard` or `unshard`, how it cuts `part`, and the shape of what it cuts."""
+        axis = self.axes[cast(str, operation.node.args[1])]
+        sharding = shardings_of(part)[axis.name]
+        for other, besides in self._cuts(part, without=axis.name):
+            sharding = sharding.beside(besides, other.rank)
+        return axis, sharding, self._local_shape(part, without=axis.name)
+
+    def _unified_attention(self, operation: Operation) -> fx.Node:
+        assert operation.op is not None
+        arguments, operands = operation.op.arguments, operation.operands
+        slots = {name: argument.index for name, argument in arguments.items() if isinstance(argument, Operand)}
+        inputs = {name: self.values[operands[slot]] for name, slot in slots.items()}
+        return self.attention(
+            self.write,
+            AttentionOnTokens(
+                origin=operation.node,
+                query=inputs["query"],
+                key=inputs["key"],
+                value=inputs["value"],
+                mask=inputs.get("attn_mask"),
+                is_causal=bool(arguments["is_causal"]),
+                scale=arguments["scale"],
+                enable_gqa=bool(arguments["enable_gqa"]),
+                queries=shardings_of(operands[slots["query"]])["sequence"],
+                keys=shardings_of(operands[slots["key"]])["sequence"],
+            ),
+        )
+
+    # What runs on a rank's part
+
+    def _cut(self, operation: Operation) -> fx.Node:
+        """Writes the operation on local operands, with its size arguments made local, axis by axis."""
+        operands = [self.values[value] for value in operation.operands]
+        of_operands, of_results = (
+            [{axis.name: sharding for axis, sharding in self._cuts(value)} for value in values]
+            for values in (operation.operands, operation.results)
+        )
+        for name, axis in self.axes.items():
+            if name in of_results[0]:
+                operation = localised(
+                    operation,
+                    [cuts.get(name) for cuts in of_operands],
+                    [cuts[name] for cuts in of_results],
+                    axis.rank,
+                )
+        args, kwargs = spelled(operation, operands)
+        assert operation.op is not None
+        return self.write(operation.op.target, *args, **kwargs)

@@ -1,0 +1,119 @@
+"""Decides, on whole shapes, what the ranks cut and how: tokens over the sequence's ranks, rows over the batch axis'.
+
+Rows of a batch never meet, so batch parallelism (the conditional and the unconditional pass of classifier-free
+guidance, one on each half of the ranks) is the same analysis with another seed and no exchange. What is cut along one
+axis is decided without a look at the other: a value may be cut along both.
+
+The analysis is `paracompile.layout`, which knows no operator; it is given the tables of `patterns`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from paracompile.errors import GraphError
+from paracompile.layout.graph import Operation, shape_of
+from paracompile.layout.places import Seed
+from paracompile.layout.plan import Plan, make_plan
+from paracompile.mesh import Axis, Ranks
+from paracompile.passes.found import Found
+from paracompile.patterns.attention import find_attentions
+from paracompile.patterns.flops import flops
+from paracompile.patterns.rules import rule_for
+
+
+def plan_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ranks, found: Found) -> fx.GraphModule:
+    """Finds a plan for each axis of more than one rank; changes nothing.
+
+    raises:
+        GraphError: no attention, random numbers inside the model, or sizes that cannot be cut.
+    """
+    if ranks.batch.size > 1:
+        found.plans[ranks.batch.name] = _plan(gm, ranks.batch, "batch")
+        _check_batch(found.plans[ranks.batch.name], ranks.batch)
+    if ranks.sequence_size > 1:
+        found.plans[ranks.sequence.name] = _plan(gm, ranks.sequence, "tokens")
+    _check_overlap(list(found.plans.values()))
+    return gm
+
+
+def flops_of(operation: Operation) -> int:
+    """Multiply-add work of an operation, 0 where it is not an ATen operator."""
+    return flops(operation.op) if operation.op is not None else 0
+
+
+def _plan(gm: fx.GraphModule, axis: Axis, seed: Seed) -> Plan:
+    plan = make_plan(
+        gm.graph, rule_for=rule_for, find_attentions=find_attentions, flops=flops_of, ranks=axis.size, seed=seed
+    )
+    _check_randomness(plan)
+    _check_attention(plan, axis)
+    return plan
+
+
+def _check_batch(plan: Plan, axis: Axis) -> None:
+    heaviest = max(plan.attentions.values(), key=lambda attention: attention.flops)
+    batch = plan.places[heaviest.operation.results[0]].length
+    if batch < axis.size:
+        raise GraphError(
+            heaviest.operation.node,
+            f"its batch of {batch} cannot be shared by the {axis.size} ranks of the batch axis",
+            "use the batch axis for pipelines that run the conditional and the unconditional pass in one batch, or "
+            "call init_mesh without max_batch_dim_size",
+        )
+
+
+def _check_overlap(plans: Sequence[Plan]) -> None:
+    """Two axes may cut one dimension, one inside what the other cuts, but not one and the same part of it."""
+    if len(plans) < 2:
+        return
+    rows, tokens = plans
+    for operation in tokens.cuts.keys() & rows.cuts.keys():
+        for value in operation.results:
+            one, other = rows.result(value), tokens.result(value)
+            if one is not None and other is not None and not one.apart(other):
+                raise GraphError(
+                    operation.node,
+                    "the ranks of the batch axis and those of the sequence would cut the same dimension of it",
+                    "call init_mesh without max_batch_dim_size",
+                )
+
+
+def _check_attention(plan: Plan, axis: Axis) -> None:
+    if not plan.attentions:
+        raise GraphError(
+            None,
+            f"the graph has no scaled_dot_product_attention, so nothing can be shared by the {axis.size} ranks: each "
+            "would run the whole model",
+            "set the model's attention backend to PyTorch's own (model.set_attention_backend('native')); a custom "
+            "attention kernel hides its sequence",
+        )
+    heaviest = max(plan.attentions.values(), key=lambda attention: attention.flops)
+    if heaviest.operation not in plan.cuts:
+        raise GraphError(
+            heaviest.operation.node,
+            f"the graph's largest attention cannot be cut: its operands have the shapes {_shapes(heaviest.operation)}",
+            "call scaled_dot_product_attention with tensors of shape (batch, heads, tokens, head size)",
+        )
+
+
+def _shapes(operation: Operation) -> list[tuple[int, ...]]:
+    return [shape_of(value) for value in operation.operands]
+
+
+def _check_randomness(plan: Plan) -> None:
+    for operation in plan.operations:
+        op = operation.op
+        if op is None or torch.Tag.nondeterministic_seeded not in op.target.tags:
+            continue
+        if op.arguments.get("dropout_p", 1) == 0:
+            continue
+        raise GraphError(
+            operation.node,
+            "it draws random numbers inside the model, and each rank would draw its own",
+            "call model.eval(), or draw the numbers outside the compiled model and pass them in",
+        )

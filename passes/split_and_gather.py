@@ -1,0 +1,125 @@
+"""Writes the plan into the graph: what is cut where, and `shard` and `unshard` where a value changes between the two.
+
+    before                          after, the same on every rank
+    x: f32[1, 4096, 64]             x_part = shard(x, "sequence", 1, [4096])          (nothing is sent)
+    h = linear(x, w)                h = linear(x_part, w)                             (cut)
+    o = attention(h, ...)           o = attention(h, ...)                             (cut)
+    return linear(o)                return unshard(linear(o), "sequence", 1, [4096])  (where the value is narrowest)
+
+Every value has one form from here on, which its node tells: `shardings_of`. Shapes stay whole, and so does what the
+graph computes on one process.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+from torch._ops import OpOverload
+
+import paracompile.runtime.placement as placement
+from paracompile.layout.graph import Value, is_tensor, node_of, spelled, value_of
+from paracompile.layout.plan import Plan, Sharding
+from paracompile.passes.found import Found
+from paracompile.passes.mark_blocks import roles_of
+from paracompile.passes.writer import PROVENANCE
+
+__all__ = ["Form", "shardings_of", "split_and_gather"]
+
+Form = Mapping[str, Sharding]
+"""How a value is cut, by mesh axis; whole along an axis that is not there."""
+
+
+def split_and_gather(gm: fx.GraphModule, example_inputs: Sequence[Any], *, found: Found) -> fx.GraphModule:
+    """Marks what is cut, and inserts `shard` and `unshard`, in place."""
+    _Resharding(gm.graph, found.plans).run()
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def shardings_of(value: Value) -> Form:
+    """How a value of a graph that was split is cut, by mesh axis."""
+    by_axis: dict[str, tuple[Sharding, ...]] = value.node.meta.get("shardings", {})
+    return {axis: of_results[value.index] for axis, of_results in by_axis.items()}
+
+
+class _Resharding:
+    def __init__(self, graph: fx.Graph, plans: Mapping[str, Plan]) -> None:
+        self.graph = graph
+        self.plans = plans
+        self.forms: dict[tuple[fx.Node, tuple[tuple[str, Sharding], ...]], fx.Node] = {}
+
+    def run(self) -> None:
+        nodes = list(self.graph.nodes)
+        for node in nodes:
+            self._mark(node)
+        for node in nodes:
+            if node.target is not operator.getitem:
+                self._reshard_operands(node)
+
+    def _mark(self, node: fx.Node) -> None:
+        """Notes how a node's results are cut."""
+        for axis, plan in self.plans.items():
+            if plan.cuts_node(node):
+                results = tuple(plan.result(value) for value in plan.by_node[node].results)
+                node.meta["shardings"] = {**node.meta.get("shardings", {}), axis: results}
+
+    def _reshard_operands(self, node: fx.Node) -> None:
+        """Gives a node its operands in the form that the plans say it takes."""
+        cut = {axis: plan for axis, plan in self.plans.items() if plan.cuts_node(node)}
+        if not cut:
+            for source in node.all_input_nodes:
+                if is_tensor(source):
+                    node.replace_input_with(source, self._form(source, {}, node))
+            return
+        operation = next(iter(cut.values())).by_node[node]
+        sources = [node_of(value) for value in operation.operands]
+        wanted = [
+            {
+                axis: sharding
+                for axis, plan in cut.items()
+                if (sharding := plan.operand(plan.by_node[node], slot)) is not None
+            }
+            for slot in range(len(sources))
+        ]
+        operands = [self._form(source, form, node) for source, form in zip(sources, wanted, strict=True)]
+        if operands != sources:
+            node.args, node.kwargs = spelled(operation, operands)
+
+    def _form(self, source: fx.Node, wanted: Form, reader: fx.Node) -> fx.Node:
+        """The value of `source` in another form, made right before the first that reads it so."""
+        form = dict(shardings_of(value_of(source)))
+        made = source
+        for axis in reversed(self.plans):  # tokens of its own rows come first
+            if axis in form and form[axis] != wanted.get(axis):
+                sharding = form.pop(axis)
+                made = self._once(placement.UNSHARD, source, made, axis, sharding, form, reader)
+        for axis in self.plans:
+            if axis in wanted and axis not in form:
+                form[axis] = wanted[axis]
+                made = self._once(placement.SHARD, source, made, axis, wanted[axis], form, reader)
+        return made
+
+    def _once(
+        self,
+        target: OpOverload[..., Any],
+        source: fx.Node,
+        made: fx.Node,
+        axis: str,
+        sharding: Sharding,
+        form: Form,
+        reader: fx.Node,
+    ) -> fx.Node:
+        key = (source, tuple(sorted(form.items(), key=lambda item: item[0])))
+        if key not in self.forms:
+            with self.graph.inserting_before(reader):
+                node = self.graph.call_function(target, (made, axis, sharding.place.dim, list(sharding.segments)))
+            node.meta = {key: reader.meta[key] for key in PROVENANCE if key in reader.meta}
+            node.meta |= {"val": source.meta["val"], "shardings": {axis: (cut,) for axis, cut in form.items()}}
+            if roles := roles_of(source):
+                node.meta["cache_roles"] = roles
+            self.forms[key] = node
+        return self.forms[key]
