@@ -30,9 +30,9 @@ from paracompile.options import Options
 from paracompile.overlap import inductor_settings
 from paracompile.passes import CacheLayout, CachePasses, CacheRules, Found, local_lengths, pipeline, run_passes
 from paracompile.passes.attention_on_shards import Lengths
-from paracompile.passes.plan_layouts import flops_of
 from paracompile.passes.drop_masked_keys import attends_to_visible
 from paracompile.passes.first_block_cache import COMPUTE
+from paracompile.passes.plan_layouts import flops_of
 from paracompile.patterns.blocks import find_blocks
 from paracompile.patterns.rules import rule_for
 from paracompile.recompiles import make_room

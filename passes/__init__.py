@@ -120,9 +120,7 @@ def pipeline(
                 provides="shards",
                 conflicts=frozenset({"shards"}),
             ),
-            Pass(
-                partial(unified_attention, found=found), requires=frozenset({"shards"}), provides="unified attention"
-            ),
+            Pass(partial(unified_attention, found=found), requires=frozenset({"shards"}), provides="unified attention"),
             Pass(
                 partial(lower, ranks=ranks),
                 requires=frozenset({"shards", "unified attention"}),

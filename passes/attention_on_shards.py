@@ -121,9 +121,7 @@ def _whole_mask(write: GraphWriter, axis: Axis, mask: fx.Node, queries: Sharding
         if len(shape) + dim >= 0 and shape[dim] > 1:
             place = Place(len(shape) + dim, tokens.place.length)
             whole = (*shape[:dim], place.length, *shape[place.dim + 1 :])
-            gathered: fx.Node = all_tokens(
-                write, mask, whole, replace(tokens, place=place), axis.rank, axis.group
-            )
+            gathered: fx.Node = all_tokens(write, mask, whole, replace(tokens, place=place), axis.rank, axis.group)
             return gathered
     return mask
 

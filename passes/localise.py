@@ -47,9 +47,7 @@ def localised(
             shape if sharding is None else sharding.local_shape(shape, rank)
             for shape, sharding in zip(op.operands, operands, strict=True)
         ),
-        results=tuple(
-            sharding.local_shape(shape, rank) for shape, sharding in zip(op.results, results, strict=True)
-        ),
+        results=tuple(sharding.local_shape(shape, rank) for shape, sharding in zip(op.results, results, strict=True)),
         operand_starts=tuple(map(start, cut.factor.operands)),
         result_starts=tuple(map(start, cut.factor.results)),
     )

@@ -5,7 +5,7 @@
     h = linear(x_part, w)          f32[1, 4096, 64]       h = linear(x_part, w)          f32[1, 2048, 64]
     q = view(h, [1, 4096, 4, 16])                         q = view(h, [1, 2048, 4, 16])
     o = unified_attention(q, k, v)                        v, k, q: all_to_all tokens -> heads
-                                                          attention on some heads, all tokens   (a ring, if there is one)
+                                                          attention on some heads, all tokens (or in a ring)
                                                           o: all_to_all heads -> tokens
     y = unshard(o, "sequence", 1, [4096])                 y = all_gather(o)
 
@@ -121,7 +121,8 @@ class _Lowering:
                 self._verify(value)
 
     def _arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return cast(Any, fx.map_arg((node.args, node.kwargs), self._written))
+        args, kwargs = cast(Any, fx.map_arg((node.args, node.kwargs), self._written))
+        return args, kwargs
 
     def _written(self, node: fx.Node) -> fx.Node:
         return self.values[value_of(node)] if is_tensor(node) else self.others[node]

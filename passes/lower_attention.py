@@ -92,9 +92,7 @@ class UnifiedAttention:
         back: fx.Node = heads_to_tokens(write, result, result.meta["val"].shape, exchange)
         return back
 
-    def _to_heads(
-        self, write: GraphWriter, attention: AttentionOnTokens, node: fx.Node, sharding: Sharding
-    ) -> fx.Node:
+    def _to_heads(self, write: GraphWriter, attention: AttentionOnTokens, node: fx.Node, sharding: Sharding) -> fx.Node:
         shape = node.meta["val"].shape
         exchanged: fx.Node = tokens_to_heads(write, node, shape, self._exchange(attention, shape[-3], sharding))
         return exchanged

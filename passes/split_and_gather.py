@@ -93,7 +93,7 @@ class _Resharding:
         """The value of `source` in another form, made right before the first that reads it so."""
         form = dict(shardings_of(value_of(source)))
         made = source
-        for axis in reversed(self.plans):  # tokens of its own rows come first
+        for axis in reversed(list(self.plans)):  # tokens of its own rows come first
             if axis in form and form[axis] != wanted.get(axis):
                 sharding = form.pop(axis)
                 made = self._once(placement.UNSHARD, source, made, axis, sharding, form, reader)

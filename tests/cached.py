@@ -12,18 +12,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from math import prod
 from typing import Any
 
 import torch
+from all_ranks import of_all_ranks
 from capture import Captured, Sharded, captured, shard
 from families import Inputs
 from lockstep import run_lockstep
 from random_tensors import draw
 from torch import Tensor, fx
 
-from paracompile.mesh import Ranks
-from paracompile.passes import CacheLayout, CachePasses, CacheRules, Found, pipeline, run_passes
+from paracompile.passes import CacheLayout, CachePasses, CacheRules
 from paracompile.passes.cache_decision import Record
 
 ALWAYS, NEVER = 1e9, 0.0
@@ -117,17 +116,9 @@ def cached(
     """The graphs of the ranks of a mesh, given as sizes by axis (one rank if left out); `rules` are `CacheRules`."""
     mesh = mesh or {"ulysses": 1}
     cache_passes = CachePasses(first_blocks, last_blocks, CacheRules(**rules))
-    found = [Found() for _ in range(prod(mesh.values()))]
-    graphs = [
-        run_passes(
-            of.gm,
-            of.example_inputs,
-            pipeline(Ranks.simulated(**mesh, rank=rank), found=of_rank, cache=cache_passes),
-        )
-        for rank, of_rank in enumerate(found)
-    ]
-    layouts = [of_rank.cache for of_rank in found if of_rank.cache is not None]
-    return CachedGraphs(of, graphs, layouts, mesh)
+    made = of_all_ranks(of.gm, of.example_inputs, mesh, cache=cache_passes)
+    layouts = [found.cache for found in made.found if found.cache is not None]
+    return CachedGraphs(of, made.graphs, layouts, mesh)
 
 
 def cached_family(
@@ -146,7 +137,8 @@ def not_cached(of: Captured, mesh: dict[str, int] | None = None) -> Sharded:
     """The graphs of the same ranks without a cache."""
     if mesh:
         return shard(of, mesh)
-    return Sharded([run_passes(of.gm, of.example_inputs, pipeline(Ranks.simulated()))], [], [], {"ulysses": 1})
+    made = of_all_ranks(of.gm, of.example_inputs, {"ulysses": 1})
+    return Sharded(made.shared, made.graphs, [], [], {"ulysses": 1})
 
 
 def step(of: Captured, number: int, *, change: float = 0.01) -> Inputs:

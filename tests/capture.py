@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import prod
 from typing import Any
 
 import torch
+from all_ranks import of_all_ranks
 from families import ALL_FAMILIES, Inputs
 from lockstep import run_lockstep
 from torch import fx, nn
@@ -21,7 +21,6 @@ from paracompile.errors import module_path
 from paracompile.layout.graph import Operation, operations
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
-from paracompile.passes import Found, pipeline, run_passes
 from paracompile.passes.plan_layouts import flops_of
 from paracompile.patterns.rules import rule_for
 from paracompile.report.report import Report, report_of
@@ -56,8 +55,9 @@ class Captured:
 
 @dataclass(frozen=True)
 class Sharded:
-    """The graphs of all ranks, by rank, with the plan and the report of each."""
+    """The last graph that all ranks share, the graph and the report of each by rank, and the plan of each axis."""
 
+    shared: fx.GraphModule
     graphs: Sequence[fx.GraphModule]
     plans: Sequence[Plan]
     reports: Sequence[Report]
@@ -118,18 +118,13 @@ def capture(model: Callable[..., Any], inputs: Inputs) -> Captured:
 
 def shard(of: Captured, mesh: dict[str, int]) -> Sharded:
     """Runs the passes for every rank of a mesh, given as sizes by axis."""
-    ranks = prod(mesh.values())
-    found = [Found() for _ in range(ranks)]
-    graphs = [
-        run_passes(of.gm, of.example_inputs, pipeline(Ranks.simulated(**mesh, rank=rank), found=found[rank]))
-        for rank in range(ranks)
-    ]
-    plans = [list(of_rank.plans.values()) for of_rank in found]
+    made = of_all_ranks(of.gm, of.example_inputs, mesh)
+    plans = list(made.found[0].plans.values())
     reports = [
-        report_of(of_rank, Ranks.simulated(**mesh, rank=rank), gm, operations(gm.graph, rule_for), flops_of)
-        for rank, (of_rank, gm) in enumerate(zip(plans, graphs, strict=True))
+        report_of(plans, Ranks.simulated(**mesh, rank=rank), gm, operations(gm.graph, rule_for), flops_of)
+        for rank, gm in enumerate(made.graphs)
     ]
-    return Sharded(graphs, [of_rank[-1] for of_rank in plans], reports, mesh)
+    return Sharded(made.shared, made.graphs, plans, reports, mesh)
 
 
 def deviation(found: torch.Tensor, expected: torch.Tensor, rtol: float = RTOL, atol: float = ATOL) -> float:

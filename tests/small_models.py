@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
+from all_ranks import of_all_ranks
 from lockstep import run_lockstep
 from random_tensors import draw
 from torch import Tensor, fx, nn
@@ -24,9 +25,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from paracompile.layout.graph import operations
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
-from paracompile.passes import Found, pipeline, run_passes
-from paracompile.passes.plan_layouts import flops_of
 from paracompile.passes.normalise import normalise
+from paracompile.passes.plan_layouts import flops_of
 from paracompile.patterns.rules import rule_for
 from paracompile.report.report import Report, report_of
 
@@ -119,22 +119,14 @@ def shard(model: Callable[..., Any], inputs: Sequence[Any], mesh: Mesh = 2) -> S
     ranks = prod(sizes.values())
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found = [Found() for _ in range(ranks)]
         after_normalise: list[fx.GraphModule] = []
 
         def after(name: str, graph: fx.GraphModule) -> None:
             if name == "normalise":
                 after_normalise.append(graph)
 
-        graphs = [
-            run_passes(
-                gm,
-                example_inputs,
-                pipeline(Ranks.simulated(**sizes, rank=rank), found=found[rank]),
-                after=after,
-            )
-            for rank in range(ranks)
-        ]
+        made = of_all_ranks(gm, example_inputs, sizes, after=after)
+        graphs, found = made.graphs, made.found
         first, plans = Ranks.simulated(**sizes), list(found[0].plans.values())
         report = report_of(plans, first, graphs[0], operations(graphs[0].graph, rule_for), flops_of)
         sharded = Sharded(gm, after_normalise[0], plans[-1], graphs, report)

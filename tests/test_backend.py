@@ -272,7 +272,10 @@ def test_dump_on_one_rank(model: type[nn.Module], tmp_path: Path) -> None:
 PASSES = (
     "normalise",
     "static_lengths",
-    "context_parallel",
+    "plan_layouts",
+    "split_and_gather",
+    "unified_attention",
+    "lower",
     "drop_masked_keys",
     "schedule",
     "dispatch_on_subclasses",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from paracompile.layout.graph import operations
+from paracompile.mesh import Ranks
+from paracompile.passes import pipeline, run_passes
 from paracompile.passes.plan_layouts import flops_of
 from paracompile.patterns.rules import rule_for
 
@@ -105,6 +108,31 @@ def test_the_gather_comes_last_and_takes_the_output_where_it_is_narrowest(family
     assert [node for node in collectives(gm) if "wait" not in str(node.target)][-1:] == gather
     (gathered,) = gather
     assert 2 * gathered.args[0].meta["val"].numel() == whole.expected.numel()
+
+
+@all_families
+def test_the_graph_that_all_ranks_share_computes_the_model_on_one_process(family: str) -> None:
+    """Whole shapes, and `shard`, `unshard` and `unified_attention` that mean nothing there."""
+    whole, shards = captured(family), sharded(family, 2)
+    with torch.no_grad():
+        (found,) = shards.shared(*whole.arguments)
+    assert_equal(found, whole.expected)
+    placed = Counter(
+        str(node.target).split(".")[1] for node in shards.shared.graph.nodes if "paracompile" in str(node.target)
+    )
+    assert placed.keys() == {"shard", "unshard", "unified_attention"}
+    assert placed["unified_attention"] == FAMILIES[family].self_attentions
+    assert placed["unshard"] == 1
+
+
+@all_families
+def test_all_ranks_share_it(family: str) -> None:
+    whole, shards = captured(family), sharded(family, 2)
+    passes = pipeline(Ranks.simulated(ulysses=2, rank=1))
+    before = list(itertools.takewhile(lambda step: step.name != "lower", passes))
+    other = run_passes(whole.gm, whole.example_inputs, before)
+    first, second = (graph.print_readable(print_output=False) for graph in (shards.shared, other))
+    assert first == second
 
 
 @all_families

@@ -419,8 +419,8 @@ def test_windows_follow_each_other_through_the_segment(ranks: int) -> None:
 def test_tokens_of_all_segments_on_a_rank(segments: tuple[int, ...], expected: list[int]) -> None:
     shares = Shares(4, 13)
     assert [shares.local(segments, rank) for rank in range(4)] == expected
-    sharding = Sharding(Place(1, sum(segments), outer=2, inner=3), segments)
-    assert [sharding.local_shape((7, 6 * sum(segments), 5), shares, rank) for rank in range(4)] == [
+    sharding = Sharding(Place(1, sum(segments), outer=2, inner=3), segments, shares)
+    assert [sharding.local_shape((7, 6 * sum(segments), 5), rank) for rank in range(4)] == [
         (7, 6 * tokens, 5) for tokens in expected
     ]
 

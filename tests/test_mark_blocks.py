@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from paracompile.errors import GraphError, OptionError, module_paths
 from paracompile.mesh import Ranks
-from paracompile.passes import CachePasses, pipeline, run_passes
+from paracompile.passes import CachePasses, Found, pipeline, run_passes
 from paracompile.passes.mark_blocks import Skipped, mark_blocks, part_of, roles_of
 
 ROUNDING = 1e-5
@@ -36,9 +36,10 @@ def of_model(model: nn.Module, **more: Tensor) -> Captured:
 
 def marked(of: Captured, **kept: int) -> tuple[fx.Graph, list[Skipped]]:
     """The graph after `mark_blocks`, and what was found."""
-    found: list[Skipped] = []
+    found = Found()
     gm = run_passes(of.gm, of.example_inputs, pipeline(Ranks.simulated())[:2])
-    return mark_blocks(gm, of.example_inputs, found=found.append, **kept).graph, found
+    graph = mark_blocks(gm, of.example_inputs, found=found, **kept).graph
+    return graph, [] if found.skipped is None else [found.skipped]
 
 
 def block_of(node: fx.Node) -> int | None:
@@ -367,7 +368,8 @@ def test_marking_comes_before_the_cut_and_skipping_after_it() -> None:
     ranks = Ranks.simulated(batch=2, ulysses=2)
     names = [step.name for step in pipeline(ranks, cache=CachePasses())]
     assert names == [
-        *("normalise", "static_lengths", "mark_blocks", "batch_parallel", "context_parallel"),
+        *("normalise", "static_lengths", "mark_blocks"),
+        *("plan_layouts", "split_and_gather", "unified_attention", "lower"),
         *("drop_masked_keys", "first_block_cache", "schedule", "dispatch_on_subclasses"),
     ]
     assert count(cached(denoiser()).graphs[0])["cond"] == 1

@@ -534,7 +534,7 @@ def test_aot_autograd_sees_the_same_weights_after_every_pass(mesh: dict[str, int
             assert graph._param_name_to_source == gm._param_name_to_source
             assert meta.items() <= graph.meta.items()
 
-        run_passes(gm, example_inputs, pipeline(Ranks.simulated(**mesh), planned=lambda plan: None), after=after)
+        run_passes(gm, example_inputs, pipeline(Ranks.simulated(**mesh)), after=after)
         return gm.forward
 
     model = randomise(Transformer())
@@ -634,7 +634,7 @@ def test_a_quantised_model_keeps_its_result(quantised: nn.Module, compiler: str,
     from torch._dynamo.backends.debugging import aot_eager
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        passes = pipeline(Ranks.simulated(), planned=lambda plan: None)
+        passes = pipeline(Ranks.simulated())
         graph = run_passes(gm, example_inputs, passes)
         return graph.forward if compiler == "eager" else aot_eager(graph, list(example_inputs))
 

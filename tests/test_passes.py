@@ -13,9 +13,8 @@ from small_models import WIDTH, Mesh, SelfAttention, capture, image_tokens, mesh
 from torch import fx
 
 from paracompile.errors import ParacompileError
-from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
-from paracompile.passes import CachePasses, Pass, check_contracts, pipeline, run_passes
+from paracompile.passes import CachePasses, Found, Pass, check_contracts, pipeline, run_passes
 
 
 def first(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -62,14 +61,14 @@ def test_a_broken_contract_names_the_pass_what_it_misses_and_what_ran(passes: li
 # The list
 
 AROUND = ["normalise", "static_lengths"], ["drop_masked_keys", "schedule", "dispatch_on_subclasses"]
+SHARDING = ["plan_layouts", "split_and_gather", "unified_attention", "lower"]
 MESHES: list[tuple[Mesh, list[str]]] = [
     (1, []),
-    (2, ["context_parallel"]),
-    ({"ring": 3}, ["context_parallel"]),
-    ({"ring": 2, "ulysses": 2}, ["context_parallel"]),
-    ({"batch": 2}, ["batch_parallel"]),
-    ({"batch": 2, "ulysses": 3}, ["batch_parallel", "context_parallel"]),
-    ({"batch": 2, "ring": 2, "ulysses": 2}, ["batch_parallel", "context_parallel"]),
+    (2, SHARDING),
+    ({"ring": 3}, SHARDING),
+    ({"ring": 2, "ulysses": 2}, SHARDING),
+    ({"batch": 2}, SHARDING),
+    ({"batch": 2, "ring": 2, "ulysses": 2}, SHARDING),
 ]
 
 
@@ -98,10 +97,10 @@ def test_the_order_with_a_first_block_cache(mesh: Mesh, cuts: list[str]) -> None
 @pytest.mark.parametrize(
     "order, words",
     [
-        ((0, 1, 3, 4, 2, 5, 6, 7, 8), ["'mark_blocks' cannot follow ['local rows', 'local tokens']"]),
-        ((0, 1, 3, 2, 4, 5, 6, 7, 8), ["'mark_blocks' cannot follow ['local rows']"]),
-        ((0, 1, 3, 4, 5, 6, 7, 8), ["'first_block_cache' needs ['marked blocks']"]),
-        ((0, 2, 1, 3, 4, 5, 6, 7, 8), ["'mark_blocks' needs ['static lengths']"]),
+        ((0, 1, 3, 4, 5, 6, 2, 7, 8, 9, 10), ["'mark_blocks' cannot follow ['a rank', 'shards']"]),
+        ((0, 1, 3, 4, 2, 5, 6, 7, 8, 9, 10), ["'mark_blocks' cannot follow ['shards']"]),
+        ((0, 1, 3, 4, 5, 6, 7, 8, 9, 10), ["'first_block_cache' needs ['marked blocks']"]),
+        ((0, 2, 1, 3, 4, 5, 6, 7, 8, 9, 10), ["'mark_blocks' needs ['static lengths']"]),
     ],
 )
 def test_the_passes_of_the_cache_in_any_other_order_are_refused(order: Sequence[int], words: list[str]) -> None:
@@ -116,9 +115,11 @@ def test_the_passes_of_the_cache_in_any_other_order_are_refused(order: Sequence[
     "change, words",
     [
         (lambda passes: passes[1:], ["'static_lengths'", "['functional ATen']", "nothing"]),
-        (lambda passes: passes[:1] + passes[2:], ["'batch_parallel'", "['static lengths']", "['functional ATen']"]),
-        (lambda passes: passes[:3] + passes[2:], ["'batch_parallel' cannot follow ['local rows']"]),
-        (lambda passes: passes[:4] + passes[3:], ["'context_parallel' cannot follow ['local tokens']"]),
+        (lambda passes: passes[:1] + passes[2:], ["'plan_layouts'", "['static lengths']", "['functional ATen']"]),
+        (lambda passes: passes[:2] + passes[3:], ["'split_and_gather' needs ['plans']"]),
+        (lambda passes: passes[:4] + passes[3:], ["'split_and_gather' cannot follow ['shards']"]),
+        (lambda passes: passes[:4] + passes[5:], ["'lower' needs ['unified attention']"]),
+        (lambda passes: passes[:6] + passes[5:], ["'lower' cannot follow ['a rank']"]),
         (lambda passes: passes[-1:], ["'dispatch_on_subclasses' needs"]),
         (lambda passes: passes[-2:], ["'schedule' needs"]),
     ],
@@ -182,14 +183,14 @@ def test_a_pass_that_breaks_the_graph_is_found_at_once() -> None:
 
 @pytest.mark.parametrize("mesh, cuts", MESHES, ids=[mesh_name(mesh) for mesh, _ in MESHES])
 def test_a_real_graph_goes_through_the_list(mesh: Mesh, cuts: list[str]) -> None:
-    """Dynamo's own graph is not touched; each plan is told once, the batch's before the tokens'."""
+    """Dynamo's own graph is not touched; there is a plan for each axis, the batch's before the tokens'."""
     told: list[str] = []
-    plans: list[Plan] = []
+    found = Found()
     ranks = Ranks.simulated(**mesh_sizes(mesh))
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         before = gm.print_readable(print_output=False)
-        passes = pipeline(ranks, planned=plans.append)
+        passes = pipeline(ranks, found=found)
         local = run_passes(gm, example_inputs, passes, after=lambda name, graph: told.append(name))
         assert local is not gm
         assert gm.print_readable(print_output=False) == before
@@ -197,5 +198,5 @@ def test_a_real_graph_goes_through_the_list(mesh: Mesh, cuts: list[str]) -> None
 
     capture(randomise(SelfAttention()), [image_tokens(WIDTH)], backend)
     assert told == [*AROUND[0], *cuts, *AROUND[1]]
-    sizes = {"batch_parallel": ranks.batch.size, "context_parallel": ranks.sequence_size}
-    assert [plan.shares.ranks for plan in plans] == [sizes[name] for name in cuts]
+    axes = {axis.name: axis.size for axis in (ranks.batch, ranks.sequence) if axis.size > 1}
+    assert {name: plan.shares.ranks for name, plan in found.plans.items()} == axes

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from all_ranks import of_all_ranks
 from cached import ALWAYS, cached, step
 from capture import Captured, capture, captured
 from families import ALL_FAMILIES, Inputs
@@ -28,9 +29,8 @@ from torch._inductor.utils import fresh_cache
 
 from paracompile import backend
 from paracompile.compiler import _boxed, compile_whole
-from paracompile.mesh import Ranks
 from paracompile.options import Options
-from paracompile.passes import CachePasses, pipeline, run_passes
+from paracompile.passes import CachePasses
 from paracompile.passes.first_block_cache import COND
 from paracompile.passes.regions import cut_into_regions, examples_of, regions_of
 from paracompile.patterns.exchanges import is_collective, is_wait
@@ -42,11 +42,8 @@ aten = torch.ops.aten
 
 def graphs(of: Captured, mesh: dict[str, int], *, cut: bool | None, cache: bool = False) -> list[fx.GraphModule]:
     """The graph of each rank, cut along blocks (True), at conditionals (False), or not (None)."""
-    ranks = [Ranks.simulated(**mesh, rank=rank) for rank in range(torch.Size(mesh.values()).numel())]
-    return [
-        run_passes(of.gm, of.example_inputs, pipeline(each, cache=CachePasses() if cache else None, regions=cut))
-        for each in ranks
-    ]
+    cache_passes = CachePasses() if cache else None
+    return of_all_ranks(of.gm, of.example_inputs, mesh, cache=cache_passes, regions=cut).graphs
 
 
 def flat(gm: fx.GraphModule) -> Iterator[fx.Node]:

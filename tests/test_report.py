@@ -28,9 +28,8 @@ from small_models import (
 )
 from torch import Tensor, fx, nn
 
-from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
-from paracompile.passes import CachePasses, pipeline, run_passes
+from paracompile.passes import CachePasses, Found, pipeline, run_passes
 from paracompile.report.report import Report, report_of
 
 CHANNELS = 10
@@ -258,10 +257,10 @@ def test_exchanges_of_a_step_in_which_all_blocks_are_computed() -> None:
     reports: list[Report] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        plans: list[Plan] = []
+        found = Found()
         ranks = Ranks.simulated(ulysses=2)
-        local = run_passes(gm, example_inputs, pipeline(ranks, planned=plans.append, cache=CachePasses()))
-        reports.append(report_of(plans, ranks, local, [], lambda operation: 0))
+        local = run_passes(gm, example_inputs, pipeline(ranks, found=found, cache=CachePasses()))
+        reports.append(report_of(list(found.plans.values()), ranks, local, [], lambda operation: 0))
         return gm.forward
 
     capture(randomise(Transformer(3)), [image_tokens()], backend)
