@@ -15,11 +15,11 @@ from torch import fx
 
 from paracompile.mesh import Ranks
 from paracompile.passes.writer import GraphWriter
+from paracompile.runtime.collectives import all_reduce
 
 __all__ = ["CacheRules", "Clock", "Decision", "Record", "as_float", "residual_of", "sum_of_sizes"]
 
 aten = torch.ops.aten
-c10d = torch.ops._c10d_functional
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,7 @@ class Decision:
         refusals = as_float(write, write(aten.logical_not.default, allowed))
         facts = write(aten.stack.default, [change, size, threshold, refusals])
         if self.ranks.size > 1:
-            facts = write(c10d.all_reduce.default, facts, "sum", self.ranks.group)
-            facts = write(c10d.wait_tensor.default, facts)
+            facts = all_reduce(write, facts, "sum", self.ranks.group)
         change, size, threshold, refusals = (write(aten.select.int, facts, 0, place) for place in range(4))
         limit = write(aten.mul.Tensor, write(aten.div.Scalar, threshold, self.ranks.size), size)
         small = write(aten.lt.Tensor, change, limit)  # false where either is not a number

@@ -1,6 +1,6 @@
 """Taking a rank's tokens from a whole value, and putting whole values together again.
 
-As in `ulysses`, each function takes `call(operator, *arguments)`, which runs the operator or writes it into a graph.
+As in `collectives`, functions take `call(operator, *arguments)`, which runs the operator or writes it into a graph.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import torch
 
 from paracompile.layout.factors import Place, Shape
 from paracompile.layout.plan import Sharding, Shares
-from paracompile.runtime.ulysses import Call
+from paracompile.runtime.collectives import Call, all_gather
 
 aten = torch.ops.aten
-c10d = torch.ops._c10d_functional
 
 
 def own_tokens(call: Call, x: Any, shape: Shape, sharding: Sharding, rank: int) -> Any:
@@ -47,7 +46,7 @@ def all_tokens(call: Call, x: Any, shape: Shape, sharding: Sharding, rank: int, 
         behind = len(_opened_shape(shape, place, longest)) - 1 - dim
         x = call(aten.constant_pad_nd.default, x, [0, 0] * behind + [0, longest - locals_[rank]])
     x = call(aten.clone.default, x, memory_format=torch.contiguous_format)
-    parts = call(c10d.wait_tensor.default, call(c10d.all_gather_into_tensor.default, x, ranks, group))
+    parts = all_gather(call, x, ranks, group)
     opened = _opened_shape(shape, place, longest)
     parts = call(aten.reshape.default, parts, [ranks, *opened])
     pieces = []

@@ -1,7 +1,7 @@
 """Ring attention: keys and values travel around a ring of ranks while each attends to the part that it holds.
 
 After Liu et al., Ring Attention (2023). The exchange of the next keys and values is written before the attention on
-the present ones. Partial results are merged by their log-sum-exp in float32. As in `ulysses`, functions take
+the present ones. Partial results are merged by their log-sum-exp in float32. As in `collectives`, functions take
 `call(operator, *arguments)`, which runs the operator or writes it into a graph.
 """
 
@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 import paracompile.runtime.kernels  # noqa: F401  (registers attention_with_lse)
-from paracompile.runtime.ulysses import Call
+from paracompile.runtime.collectives import Call, all_to_all
 
 aten = torch.ops.aten
-c10d = torch.ops._c10d_functional
 
 
 @dataclass(frozen=True)
@@ -119,14 +118,13 @@ def _pass_on(
 
     sent, arriving = sizes(holder), sizes((holder - 1) % ring.size)
     buffer = call(aten.cat.default, [call(aten.reshape.default, part, [-1]) for part in (key, value)])
-    received = call(
-        c10d.all_to_all_single.default,
+    received = all_to_all(
+        call,
         buffer,
         [sum(arriving) if member == before else 0 for member in range(ring.size)],
         [sum(sent) if member == after else 0 for member in range(ring.size)],
         ring.group,
     )
-    received = call(c10d.wait_tensor.default, received)
     tokens = ring.tokens[(holder - 1) % ring.size]
     parts = [(0, arriving[0]), (arriving[0], sum(arriving))]
     next_key, next_value = (

@@ -5,9 +5,7 @@ the result back (Jacobs et al., DeepSpeed Ulysses, 2023). Tokens arrive ordered 
 the order of its keys, and the way back undoes it for the queries. Neither lengths nor heads need to divide: splits are
 as uneven as they are, and nothing is padded.
 
-Each function takes `call(operator, *arguments)`. Given a function that runs the operator it computes; given one that
-appends a node it writes the graph. Every collective is a `_c10d_functional` operator with its own `wait_tensor`, so
-that the two can be moved apart.
+Each function takes `call(operator, *arguments)`, which runs the operator or writes it into a graph.
 """
 
 from __future__ import annotations
@@ -15,18 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from paracompile.runtime.collectives import Call, all_to_all
+
 aten = torch.ops.aten
-c10d = torch.ops._c10d_functional
-
-
-class Call(Protocol):
-    """Applies an operator to arguments: runs it, or writes it into a graph."""
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -107,7 +100,7 @@ def heads_to_tokens(call: Call, x: Any, shape: Sequence[int], exchange: Exchange
 def _all_to_all(call: Call, x: Any, arriving: list[int], sent: list[int], exchange: Exchange) -> Any:
     """Sends slices of dimension 0; `arriving` and `sent` are their lengths by rank."""
     x = call(aten.clone.default, x, memory_format=torch.contiguous_format)
-    return call(c10d.wait_tensor.default, call(c10d.all_to_all_single.default, x, arriving, sent, exchange.group))
+    return all_to_all(call, x, arriving, sent, exchange.group)
 
 
 def _flat(call: Call, parts: Sequence[Any]) -> Any:
