@@ -9,39 +9,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import fx, nn
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import CompileContext
 from torch.distributed.device_mesh import DeviceMesh
-from torch.fx.experimental.symbolic_shapes import free_symbols
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.artifacts import Compiled, note_compiled
+from paracompile.calling import as_called
+from paracompile.captured import Captured
 from paracompile.compiler import compile_regions, compile_whole
-from paracompile.errors import ParacompileError
 from paracompile.integrations import diffusers
-from paracompile.layout.graph import Operation, is_static, operations
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 from paracompile.options import Options
 from paracompile.overlap import inductor_settings
-from paracompile.passes import CacheLayout, CachePasses, CacheRules, Found, local_lengths, pipeline, run_passes
+from paracompile.passes import CachePasses, CacheRules, Found, local_lengths, pipeline, run_passes
 from paracompile.passes.attention_on_shards import Lengths
-from paracompile.passes.drop_masked_keys import attends_to_visible
-from paracompile.passes.first_block_cache import COMPUTE
-from paracompile.passes.plan_layouts import flops_of
-from paracompile.patterns.blocks import find_blocks
-from paracompile.patterns.rules import rule_for
 from paracompile.recompiles import make_room
 from paracompile.report.dump import Dump
-from paracompile.report.report import Report, report_of
+from paracompile.report.report import NO_BLOCKS, Report, report_of
 from paracompile.runtime.agreement import Agreement
-from paracompile.runtime.cached_call import CachedCall, StateLike, graph_compiled
-from paracompile.runtime.inputs import InputAgreement
-from paracompile.runtime.slots import CallSigns
+from paracompile.runtime.cached_call import graph_compiled
 from paracompile.thresholds import default_rdt
 from paracompile.warm_up import warm_up
 
@@ -66,101 +53,93 @@ def paracompile(
         RankError: another rank failed, or holds another graph; raised on every rank.
     """
     agreement = Agreement(_members(options), _timeout(options))
+    captured = Captured(gm, example_inputs)
     with agreement.stage("options") as facts:
         chosen = Options.parse(options)
         ranks = Ranks.from_mesh(chosen.mesh)
         facts["options"] = chosen.fingerprint()
-        note_compiled(Compiled.of(*_identity(gm, example_inputs), ranks))
+        note_compiled(Compiled.of(captured.model, captured.weights, ranks))
     diffusers.listen()  # it may have been imported since
     graph_compiled([value for value in example_inputs if isinstance(value, nn.Parameter)], caches=chosen.caches)
-    dump = Dump(chosen.dump, _compile_name(), ranks.flat_rank)
-    dump("captured", gm)
     optional = ranks.is_single and not chosen.caches
-    repeats = chosen.regions and chosen.compiler == "inductor" and bool(find_blocks(gm.graph))
-    masks = chosen.drop_masked_keys and _has_masks(gm)
-    if optional and not ((repeats or masks) and _may_be_constant(gm, example_inputs)):
-        return _whole(gm, example_inputs, chosen)
+    dump = Dump(chosen.dump, captured.name, ranks.flat_rank)
+    dump("captured", gm)
+    if optional and not _may_gain(captured, chosen):
+        return _whole(captured, chosen)
 
     lengths = None if chosen.shard_inputs else _lengths(gm, ranks, agreement)
     with agreement.stage("plan") as facts:
-        _check_gradients(gm, example_inputs)
+        captured.check_gradients()
         found = Found()
-        reports: list[Report] = []
-        gains = [repeats]
-
-        def after(name: str, graph: fx.GraphModule) -> None:
-            if name == "drop_masked_keys":
-                gains.append(attends_to_visible(graph))
-            if name == "normalise" and lengths is None:  # graphs of shards differ in their sizes
-                facts["graph"] = comparable(graph.print_readable(print_output=False, include_stride=True))
-            if name == "schedule" and chosen.report is not None:  # the last graph that is all ATen
-                reports.append(_report(graph, ranks, found, chosen))
-            dump(name, graph)
-
-        threshold = _threshold(chosen, gm, example_inputs)
-        passes = pipeline(
-            ranks,
-            found=found,
-            drop_keys=chosen.drop_masked_keys,
-            lengths=lengths,
-            cache=_cache_passes(chosen) if chosen.caches else None,
-            regions=chosen.regions,
-        )
         try:
-            local = run_passes(gm, example_inputs, passes, after=after)
+            local, report = _rewritten(captured, chosen, ranks, lengths, found, facts, dump)
         except Exception as error:
             if not optional:
                 raise
             warnings.warn(f"paracompile: this graph is compiled in one piece, for {error}", stacklevel=2)
-            return _whole(gm, example_inputs, chosen)
-        if optional and not any(gains):
-            return _whole(gm, example_inputs, chosen)
+            return _whole(captured, chosen)
+        if optional and not (_in_regions(captured, chosen) or found.masks_dropped):
+            return _whole(captured, chosen)
         facts["plan"] = "\n".join([*map(describe, found.plans.values()), str(found.skipped)])
     with agreement.stage("compile"):
         compiled, compilation = compile_regions(local, chosen, {} if ranks.is_single else inductor_settings())
     make_room()
     if chosen.caches and found.cache is None:
-        warnings.warn(_NO_BLOCKS, stacklevel=2)
-    if chosen.report is not None:
-        chosen.report(replace(reports[-1], compilation=compilation))
-    agree = InputAgreement(
-        mode=chosen.inputs if chosen.shard_inputs and not ranks.is_single else "trust",
-        indices=tuple(index for index, node in _placeholders(gm) if not is_static(node)),
-        group=ranks.group,
-        source=ranks.members[0] if ranks.members else 0,
-        names=tuple(node.name for _, node in _placeholders(gm) if not is_static(node)),
-    )
-    layout = found.cache
-    if layout is None:
-        return lambda *args: compiled(*agree(args))
-    return CachedCall(
-        compiled,
-        prepare=agree,
-        like=_state_like(layout),
-        threshold=threshold,
-        static=tuple(index for index, node in _placeholders(gm) if is_static(node)),
-        signs=_signs(gm, layout),
-    )
+        warnings.warn(NO_BLOCKS, stacklevel=2)
+    if chosen.report is not None and report is not None:
+        chosen.report(replace(report, compilation=compilation))
+    threshold = _threshold(captured, chosen)
+    return as_called(compiled, captured, chosen, ranks, cache=found.cache, threshold=threshold)
 
 
-def _whole(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callback:
+def _in_regions(captured: Captured, options: Options) -> bool:
+    """Whether compiling equal blocks once is worth while."""
+    return options.regions and options.compiler == "inductor" and captured.has_repeated_blocks()
+
+
+def _may_gain(captured: Captured, options: Options) -> bool:
+    """Whether one rank without a cache has anything to gain from the passes, and the passes may have its graph."""
+    gains = _in_regions(captured, options) or (options.drop_masked_keys and captured.has_masks())
+    return gains and captured.may_be_constant()
+
+
+def _whole(captured: Captured, options: Options) -> Callback:
     """A graph of which nothing is changed."""
-    compiled = compile_whole(gm, example_inputs, options, {})
+    compiled = compile_whole(captured.gm, captured.example_inputs, options, {})
     if options.report is not None:
         options.report(Report(ranks=1))
     return compiled
 
 
-def _identity(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[str, list[torch.Tensor]]:
-    """The class of the module that a graph is of, and its weights."""
-    weights = [value for (_, node), value in zip(_placeholders(gm), example_inputs, strict=True) if is_static(node)]
-    return next(iter(_classes(gm)), "a function"), weights
+def _rewritten(
+    captured: Captured,
+    options: Options,
+    ranks: Ranks,
+    lengths: Sequence[Lengths] | None,
+    found: Found,
+    facts: dict[str, str],
+    dump: Dump,
+) -> tuple[fx.GraphModule, Report | None]:
+    """The graph of this rank, after all passes, and the report of it if one is wanted."""
+    reports: list[Report] = []
 
+    def after(name: str, graph: fx.GraphModule) -> None:
+        if name == "normalise" and lengths is None:  # graphs of shards differ in their sizes
+            facts["graph"] = comparable(graph.print_readable(print_output=False, include_stride=True))
+        if name == "schedule" and options.report is not None:  # the last graph that is all ATen
+            reports.append(report_of(found, ranks, graph, caches=options.caches))
+        dump(name, graph)
 
-_NO_BLOCKS = (
-    "paracompile: rdt was given, and this graph has no repeated blocks on a residual stream that reaches its output: "
-    "nothing of it is ever skipped. Compile the transformer as one graph (fullgraph=True tells where it breaks)."
-)
+    passes = pipeline(
+        ranks,
+        found=found,
+        drop_keys=options.drop_masked_keys,
+        lengths=lengths,
+        cache=_cache_passes(options) if options.caches else None,
+        regions=options.regions,
+    )
+    local = run_passes(captured.gm, captured.example_inputs, passes, after=after)
+    return local, reports[-1] if reports else None
 
 
 def _cache_passes(options: Options) -> CachePasses:
@@ -173,60 +152,10 @@ def _cache_passes(options: Options) -> CachePasses:
     return CachePasses(options.first_blocks, options.last_blocks, rules)
 
 
-def _threshold(options: Options, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> float:
+def _threshold(captured: Captured, options: Options) -> float:
     if options.rdt != "auto":
         return options.rdt or 0.0
-    return default_rdt(_classes(gm), quantised=any(map(is_traceable_wrapper_subclass, example_inputs)))
-
-
-def _classes(gm: fx.GraphModule) -> list[str]:
-    """The names of the classes of the modules in a graph, the outermost first."""
-    root = InstructionTranslator.current_tx().f_locals.get("self")  # in no module's stack
-    roots = [type(root).__name__] if isinstance(root, nn.Module) else []
-    stacks = [node.meta.get("nn_module_stack", {}).values() for node in gm.graph.nodes]
-    return roots + [getattr(kind, "__name__", str(kind)) for stack in stacks for _, kind in stack]
-
-
-def _state_like(layout: CacheLayout) -> StateLike:
-    record, *state = ((tuple(like.shape), like.dtype, like.device) for like in (layout.record, *layout.state))
-    return StateLike(record, tuple(state))
-
-
-def _signs(gm: fx.GraphModule, layout: CacheLayout) -> CallSigns:
-    """What stays the same through a generation is what is neither denoised nor a time; without both, nothing tells."""
-    if layout.skipped.sample is None or not layout.skipped.times:
-        return CallSigns(())
-    others = {layout.skipped.sample, *layout.skipped.times}
-    conditioning = (
-        index
-        for index, node in _placeholders(gm)
-        if isinstance(node.meta.get("example_value"), torch.Tensor) and not is_static(node) and index not in others
-    )
-    return CallSigns(tuple(conditioning))
-
-
-def _report(gm: fx.GraphModule, ranks: Ranks, found: Found, options: Options) -> Report:
-    """The report of a graph of which only the compiling is still to come."""
-    skippable = _skippable_operations(gm)
-    report = report_of(list(found.plans.values()), ranks, gm, operations(gm.graph, rule_for) + skippable, flops_of)
-    if not options.caches:
-        return report
-    layout = found.cache
-    if layout is None:
-        return replace(report, notes=(*report.notes, _NO_BLOCKS))
-    return replace(
-        report,
-        blocks=len(layout.skipped.blocks),
-        blocks_skipped=len(layout.skipped.middle),
-        flops_skipped=sum(map(flops_of, skippable)),
-        state_bytes=layout.state_bytes,
-    )
-
-
-def _skippable_operations(gm: fx.GraphModule) -> list[Operation]:
-    """The operations that a skipped step leaves out."""
-    branch = getattr(gm, COMPUTE, None)
-    return operations(branch.graph, rule_for) if branch is not None else []
+    return default_rdt(captured.classes, quantised=captured.is_quantised)
 
 
 def _lengths(gm: fx.GraphModule, ranks: Ranks, agreement: Agreement) -> list[Lengths]:
@@ -267,62 +196,3 @@ def describe(plan: Plan) -> str:
             if sharding is not None:
                 lines.append(f"{operation.node.name}[{value.index}]: {sharding}")
     return "\n".join(lines)
-
-
-def _placeholders(gm: fx.GraphModule) -> list[tuple[int, fx.Node]]:
-    return list(enumerate(gm.graph.find_nodes(op="placeholder")))
-
-
-def _may_be_constant(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
-    """Whether the passes, which take sizes and numbers for constants and know no gradients, may have the graph.
-
-    Sizes that Dynamo made symbols of because a second one was met may become numbers again: another size is compiled in
-    regions sooner than one graph for all sizes in one piece. Symbols in the first compile were asked for
-    (`dynamic=True`); a number that is no size may change at each step.
-    """
-    if _wants_gradients(gm, example_inputs):
-        return False
-    values = [node.meta.get("example_value") for _, node in _placeholders(gm)]
-    sizes = set().union(*(free_symbols(value) for value in values if isinstance(value, torch.Tensor)))
-    numbers = set().union(*(free_symbols(value) for value in values if isinstance(value, _SYMBOLS)))
-    identity = CompileContext.current_compile_id()
-    asked_for = identity is None or identity.frame_compile_id == 0
-    return not (sizes | numbers) if asked_for else numbers <= sizes
-
-
-_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
-
-
-def _has_masks(gm: fx.GraphModule) -> bool:
-    """Whether any attention of Dynamo's graph has a mask."""
-    return any(
-        node.target is F.scaled_dot_product_attention
-        and (len(node.args) > 3 or node.kwargs.get("attn_mask") is not None)
-        for node in gm.graph.nodes
-    )
-
-
-def _wants_gradients(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str]:
-    """The inputs that gradients are wanted of."""
-    if not torch.is_grad_enabled():
-        return []
-    return [
-        node.name
-        for (_, node), value in zip(_placeholders(gm), example_inputs, strict=True)
-        if isinstance(value, torch.Tensor) and value.requires_grad
-    ]
-
-
-def _check_gradients(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-    wanted = _wants_gradients(gm, example_inputs)
-    if wanted:
-        others = f" and {len(wanted) - 1} more inputs" if wanted[1:] else ""
-        raise ParacompileError(
-            f"gradients are wanted (of {wanted[0]}{others}), and a graph that is sharded or cached has none: call the "
-            "model under torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)"
-        )
-
-
-def _compile_name() -> str:
-    identity = CompileContext.current_compile_id()
-    return "graph_" + ("0" if identity is None else str(identity).replace("/", "_"))

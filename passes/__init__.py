@@ -129,7 +129,7 @@ def pipeline(
             ),
         ]
     if drop_keys:
-        passes.append(Pass(drop_masked_keys, requires=aten, provides="visible keys only"))
+        passes.append(Pass(partial(drop_masked_keys, found=found), requires=aten, provides="visible keys only"))
     if cache is not None:
         skip = partial(first_block_cache, rules=cache.rules, ranks=ranks, found=found)
         passes.append(Pass(skip, requires=frozenset({"marked blocks"}), provides="first block cache"))

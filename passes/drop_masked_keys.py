@@ -21,21 +21,23 @@ from torch._guards import detect_fake_mode
 
 import paracompile.runtime.visible  # noqa: F401  (registers the operators)
 from paracompile.layout.graph import is_tensor, named_arguments
+from paracompile.passes.found import Found
 from paracompile.passes.writer import GraphWriter
 
 aten = torch.ops.aten
 
 
-def drop_masked_keys(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+def drop_masked_keys(gm: fx.GraphModule, example_inputs: Sequence[Any], *, found: Found) -> fx.GraphModule:
     """Rewrites every attention with such a mask, in place; a graph without one is left as it is."""
-    found = [node for node in gm.graph.nodes if hides_keys_only(node)]
-    if not found:
+    masked = [node for node in gm.graph.nodes if hides_keys_only(node)]
+    found.masks_dropped = len(masked)
+    if not masked:
         return gm
     fake_mode = detect_fake_mode([node.meta["val"] for node in gm.graph.nodes if is_tensor(node)])
     assert fake_mode is not None
     first_alike = _first_alike(gm.graph)
     visible: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-    for node in found:
+    for node in masked:
         arguments = named_arguments(node)
         mask = first_alike[arguments["attn_mask"]]
         write = GraphWriter(fake_mode, gm.graph)
@@ -77,11 +79,6 @@ def hides_keys_only(node: fx.Node) -> bool:
         and query[0] == key[0] == value[0]
         and tuple(node.meta["val"].shape) == (*query[:3], value[3])  # nothing else is broadcast
     )
-
-
-def attends_to_visible(gm: fx.GraphModule) -> bool:
-    """Whether the graph has an attention that was replaced."""
-    return any(node.target is torch.ops.paracompile.attention_to_visible.default for node in gm.graph.nodes)
 
 
 def _is_node(argument: Any) -> TypeGuard[fx.Node]:

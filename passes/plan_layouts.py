@@ -22,7 +22,7 @@ from paracompile.layout.plan import Plan, make_plan
 from paracompile.mesh import Axis, Ranks
 from paracompile.passes.found import Found
 from paracompile.patterns.attention import find_attentions
-from paracompile.patterns.flops import flops
+from paracompile.patterns.flops import flops_of
 from paracompile.patterns.rules import rule_for
 
 
@@ -39,11 +39,6 @@ def plan_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ra
         found.plans[ranks.sequence.name] = _plan(gm, ranks.sequence, "tokens")
     _check_overlap(list(found.plans.values()))
     return gm
-
-
-def flops_of(operation: Operation) -> int:
-    """Multiply-add work of an operation, 0 where it is not an ATen operator."""
-    return flops(operation.op) if operation.op is not None else 0
 
 
 def _plan(gm: fx.GraphModule, axis: Axis, seed: Seed) -> Plan:

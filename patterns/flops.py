@@ -15,6 +15,7 @@ from torch.utils import flop_counter
 import paracompile.runtime.kernels
 import paracompile.runtime.visible  # noqa: F401  (registers attention_to_visible)
 from paracompile.layout.factors import Op
+from paracompile.layout.graph import Operation
 
 aten = torch.ops.aten
 
@@ -23,6 +24,11 @@ def flops(op: Op) -> int:
     """Twice the multiply-adds of `op` with its shapes."""
     formula = _FORMULAS.get(op.target)
     return int(formula(op)) if formula else 0
+
+
+def flops_of(operation: Operation) -> int:
+    """Twice the multiply-adds of an operation; 0 where it is no ATen operator."""
+    return flops(operation.op) if operation.op is not None else 0
 
 
 def _product(op: Op) -> int:

@@ -18,11 +18,9 @@ from lockstep import run_lockstep
 from torch import fx, nn
 
 from paracompile.errors import module_path
-from paracompile.layout.graph import Operation, operations
+from paracompile.layout.graph import Operation
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
-from paracompile.passes.plan_layouts import flops_of
-from paracompile.patterns.rules import rule_for
 from paracompile.report.report import Report, report_of
 
 RTOL, ATOL = 1e-4, 1e-5  # of a value; of the largest value
@@ -121,8 +119,8 @@ def shard(of: Captured, mesh: dict[str, int]) -> Sharded:
     made = of_all_ranks(of.gm, of.example_inputs, mesh)
     plans = list(made.found[0].plans.values())
     reports = [
-        report_of(plans, Ranks.simulated(**mesh, rank=rank), gm, operations(gm.graph, rule_for), flops_of)
-        for rank, gm in enumerate(made.graphs)
+        report_of(found, Ranks.simulated(**mesh, rank=rank), gm)
+        for rank, (found, gm) in enumerate(zip(made.found, made.graphs, strict=True))
     ]
     return Sharded(made.shared, made.graphs, plans, reports, mesh)
 

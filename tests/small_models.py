@@ -22,12 +22,10 @@ from random_tensors import draw
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from paracompile.layout.graph import operations
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 from paracompile.passes.normalise import normalise
-from paracompile.passes.plan_layouts import flops_of
-from paracompile.patterns.rules import rule_for
+from paracompile.patterns.flops import flops_of
 from paracompile.report.report import Report, report_of
 
 BATCH, HEADS, SIZE, IMAGE, TEXT = 2, 12, 6, 48, 24
@@ -128,7 +126,7 @@ def shard(model: Callable[..., Any], inputs: Sequence[Any], mesh: Mesh = 2) -> S
         made = of_all_ranks(gm, example_inputs, sizes, after=after)
         graphs, found = made.graphs, made.found
         first, plans = Ranks.simulated(**sizes), list(found[0].plans.values())
-        report = report_of(plans, first, graphs[0], operations(graphs[0].graph, rule_for), flops_of)
+        report = report_of(found[0], first, graphs[0])
         sharded = Sharded(gm, after_normalise[0], plans[-1], graphs, report)
         kept.append(sharded)
 

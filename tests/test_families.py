@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from paracompile.layout.graph import operations
 from paracompile.mesh import Ranks
 from paracompile.passes import pipeline, run_passes
-from paracompile.passes.plan_layouts import flops_of
+from paracompile.patterns.flops import flops_of
 from paracompile.patterns.rules import rule_for
 
 RANKS = (2, 4)

@@ -40,8 +40,8 @@ from paracompile.layout.graph import Operation, Value, value_of
 from paracompile.layout.places import Attention
 from paracompile.layout.plan import Plan, Sharding, Shares, make_plan
 from paracompile.layout.segments import find_segments
-from paracompile.passes.plan_layouts import flops_of
 from paracompile.patterns.attention import find_attentions
+from paracompile.patterns.flops import flops_of
 from paracompile.patterns.rules import rule_for
 
 TEXT = 20  # unlike in small_models, text and image together are not as many as there are channels

@@ -10,7 +10,7 @@ from capture import assert_equal, captured, inside, sharded_on
 from families import ALL_FAMILIES
 
 from paracompile.layout.graph import operations
-from paracompile.passes.plan_layouts import flops_of
+from paracompile.patterns.flops import flops_of
 from paracompile.patterns.rules import rule_for
 
 MESHES: dict[str, dict[str, int]] = {

@@ -260,7 +260,7 @@ def test_exchanges_of_a_step_in_which_all_blocks_are_computed() -> None:
         found = Found()
         ranks = Ranks.simulated(ulysses=2)
         local = run_passes(gm, example_inputs, pipeline(ranks, found=found, cache=CachePasses()))
-        reports.append(report_of(list(found.plans.values()), ranks, local, [], lambda operation: 0))
+        reports.append(report_of(found, ranks, local, caches=True))
         return gm.forward
 
     capture(randomise(Transformer(3)), [image_tokens()], backend)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from torch import fx
 
 from paracompile.errors import module_path, source_line
-from paracompile.layout.graph import Operation, bytes_of
+from paracompile.layout.graph import Operation, bytes_of, operations
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
+from paracompile.passes.first_block_cache import COMPUTE
+from paracompile.passes.found import Found
+from paracompile.patterns.flops import flops_of
+from paracompile.patterns.rules import rule_for
 
 
 @dataclass(frozen=True)
@@ -101,22 +104,24 @@ class Report:
         return "\n".join([f"{name:<{width}}  {value}" for name, value in rows] + [f"- {note}" for note in self.notes])
 
 
-def report_of(
-    plans: Sequence[Plan],
-    ranks: Ranks,
-    local: fx.GraphModule,
-    local_operations: Sequence[Operation],
-    flops: Callable[[Operation], int],
-) -> Report:
-    """The report of a sharded graph.
+NO_BLOCKS = (
+    "paracompile: rdt was given, and this graph has no repeated blocks on a residual stream that reaches its output: "
+    "nothing of it is ever skipped. Compile the transformer as one graph (fullgraph=True tells where it breaks)."
+)
+
+
+def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool = False) -> Report:
+    """The report of a graph of which only the compiling is still to come.
 
     args:
-        plans: the plans it was made from, one for each way of cutting, in order; none where the inputs are shards.
+        found: what the passes found in it.
         ranks: the ranks that share the work, seen from this one.
         local: the graph that this rank runs.
-        local_operations: the operations in it.
-        flops: an operation's multiply-add work.
+        caches: blocks were to be skipped.
     """
+    skippable = _skippable(local)
+    here = operations(local.graph, rule_for) + skippable
+    plans = list(found.plans.values())
     attentions = plans[-1].attentions if plans else {}
     cut = [operation for operation in attentions if operation in plans[-1].cuts]
     exchanged = [operation for operation in cut if plans[-1].exchanged(operation)]
@@ -128,17 +133,33 @@ def report_of(
         if kind is not None:
             collectives[kind] += 1
             sent += _bytes_sent(kind, node, ranks)
-    return Report(
+    notes = [note for each in plans for note in _notes(each)]
+    report = Report(
         ranks=ranks.size,
         attentions=len(exchanged),
         cross_attentions=len(cut) - len(exchanged),
         whole_attentions=len(attentions) - len(cut),
         collectives=dict(collectives),
         bytes_sent=sent,
-        flops_whole=sum(map(flops, plans[0].operations if plans else local_operations)),
-        flops_rank=sum(map(flops, local_operations)),
-        notes=tuple(note for each in plans for note in _notes(each)),
+        flops_whole=sum(map(flops_of, plans[0].operations if plans else here)),
+        flops_rank=sum(map(flops_of, here)),
+        notes=tuple(notes),
     )
+    if found.cache is None:
+        return replace(report, notes=(*report.notes, NO_BLOCKS)) if caches else report
+    return replace(
+        report,
+        blocks=len(found.cache.skipped.blocks),
+        blocks_skipped=len(found.cache.skipped.middle),
+        flops_skipped=sum(map(flops_of, skippable)),
+        state_bytes=found.cache.state_bytes,
+    )
+
+
+def _skippable(local: fx.GraphModule) -> list[Operation]:
+    """The operations that a skipped step leaves out."""
+    branch = getattr(local, COMPUTE, None)
+    return operations(branch.graph, rule_for) if branch is not None else []
 
 
 def _collective(node: fx.Node) -> str | None:

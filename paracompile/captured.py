@@ -1,0 +1,124 @@
+"""What Dynamo hands over: one graph with its example inputs, and what must be known of them before any pass runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import CompileContext
+from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from paracompile.errors import ParacompileError
+from paracompile.layout.graph import is_static
+from paracompile.patterns.blocks import find_blocks
+
+__all__ = ["Captured"]
+
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One captured graph; valid while Dynamo compiles it."""
+
+    gm: fx.GraphModule
+    example_inputs: Sequence[Any]
+
+    @property
+    def name(self) -> str:
+        """What this compile is called in dumps: the number of its frame and of the compiles before."""
+        identity = CompileContext.current_compile_id()
+        return "graph_" + ("0" if identity is None else str(identity).replace("/", "_"))
+
+    # Its inputs
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return list(self.gm.graph.find_nodes(op="placeholder"))
+
+    @property
+    def static(self) -> dict[int, fx.Node]:
+        """The inputs that are the same at each call, and on all ranks: weights and buffers; by their place."""
+        return {index: node for index, node in enumerate(self.placeholders) if is_static(node)}
+
+    @property
+    def changing(self) -> dict[int, fx.Node]:
+        """All other inputs, by their place."""
+        return {index: node for index, node in enumerate(self.placeholders) if not is_static(node)}
+
+    @property
+    def weights(self) -> list[Any]:
+        """The values of the static inputs."""
+        return [self.example_inputs[index] for index in self.static]
+
+    @property
+    def is_quantised(self) -> bool:
+        return any(map(is_traceable_wrapper_subclass, self.example_inputs))
+
+    def wants_gradients(self) -> list[str]:
+        """The inputs that gradients are wanted of."""
+        if not torch.is_grad_enabled():
+            return []
+        return [
+            node.name
+            for node, value in zip(self.placeholders, self.example_inputs, strict=True)
+            if isinstance(value, torch.Tensor) and value.requires_grad
+        ]
+
+    def check_gradients(self) -> None:
+        """Raises a ParacompileError where gradients are wanted."""
+        wanted = self.wants_gradients()
+        if wanted:
+            others = f" and {len(wanted) - 1} more inputs" if wanted[1:] else ""
+            raise ParacompileError(
+                f"gradients are wanted (of {wanted[0]}{others}), and a graph that is sharded or cached has none: call "
+                "the model under torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)"
+            )
+
+    def may_be_constant(self) -> bool:
+        """Whether the passes, which take sizes and numbers for constants and know no gradients, may have the graph.
+
+        Sizes that Dynamo made symbols of because a second one was met may become numbers again: another size is
+        compiled in regions sooner than one graph for all sizes in one piece. Symbols in the first compile were asked
+        for (`dynamic=True`); a number that is no size may change at each step.
+        """
+        if self.wants_gradients():
+            return False
+        values = [node.meta.get("example_value") for node in self.placeholders]
+        sizes = set().union(*(free_symbols(value) for value in values if isinstance(value, torch.Tensor)))
+        numbers = set().union(*(free_symbols(value) for value in values if isinstance(value, _SYMBOLS)))
+        identity = CompileContext.current_compile_id()
+        asked_for = identity is None or identity.frame_compile_id == 0
+        return not (sizes | numbers) if asked_for else numbers <= sizes
+
+    # What it is of
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes of the modules in the graph, the outermost first."""
+        root = InstructionTranslator.current_tx().f_locals.get("self")  # in no module's stack
+        roots = [type(root).__name__] if isinstance(root, nn.Module) else []
+        stacks = [node.meta.get("nn_module_stack", {}).values() for node in self.gm.graph.nodes]
+        return roots + [getattr(kind, "__name__", str(kind)) for stack in stacks for _, kind in stack]
+
+    @property
+    def model(self) -> str:
+        """The class of the module that the graph is of."""
+        return next(iter(self.classes), "a function")
+
+    def has_masks(self) -> bool:
+        """Whether any attention has a mask."""
+        return any(
+            node.target is F.scaled_dot_product_attention
+            and (len(node.args) > 3 or node.kwargs.get("attn_mask") is not None)
+            for node in self.gm.graph.nodes
+        )
+
+    def has_repeated_blocks(self) -> bool:
+        return bool(find_blocks(self.gm.graph))
