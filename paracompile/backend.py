@@ -70,6 +70,7 @@ def paracompile(
     lengths = None if chosen.shard_inputs else _lengths(gm, ranks, agreement)
     with agreement.stage("plan") as facts:
         captured.check_gradients()
+        threshold = _threshold(captured, chosen)
         found = Found()
         try:
             local, report = _rewritten(captured, chosen, ranks, lengths, found, facts, dump)
@@ -88,7 +89,6 @@ def paracompile(
         warnings.warn(NO_BLOCKS, stacklevel=2)
     if chosen.report is not None and report is not None:
         chosen.report(replace(report, compilation=compilation))
-    threshold = _threshold(captured, chosen)
     return as_called(compiled, captured, chosen, ranks, cache=found.cache, threshold=threshold)
 
 

@@ -26,7 +26,7 @@ import train
 FOLDER = judge.FOLDER
 MEGABYTE = 1_000_000
 RECOMMENDED_RDT = 0.24
-"""What `python -m paracompile tune` recommends in the README."""
+"""What `python -m paracompile tune` recommends in the documentation."""
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_guidance_steers_nothing(pipeline: FluxPipeline, guidance: float) -> Non
 
 
 def test_readme_says_what_is_recommended() -> None:
-    assert f"options={{'rdt': {RECOMMENDED_RDT}}}" in (FOLDER.parents[1] / "README.md").read_text()
+    assert f"options={{'rdt': {RECOMMENDED_RDT}}}" in (FOLDER.parents[1] / "docs" / "choosing_a_threshold.md").read_text()
 
 
 @some_and_many
