@@ -154,7 +154,9 @@ def test_guidance_steers_nothing(pipeline: FluxPipeline, guidance: float) -> Non
 
 
 def test_readme_says_what_is_recommended() -> None:
-    assert f"options={{'rdt': {RECOMMENDED_RDT}}}" in (FOLDER.parents[1] / "docs" / "choosing_a_threshold.md").read_text()
+    assert (
+        f"options={{'rdt': {RECOMMENDED_RDT}}}" in (FOLDER.parents[1] / "docs" / "choosing_a_threshold.md").read_text()
+    )
 
 
 @some_and_many
