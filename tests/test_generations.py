@@ -40,7 +40,11 @@ def _forget_what_was_compiled() -> None:
     """Instead of the one for all tests: the tests of a family share its graphs, see `family`."""
 
 
-@pytest.fixture(scope="module", params=ALL_FAMILIES)
+THOROUGH = ("flux", "stable_diffusion_3")  # with diffusers' cache_context and without; what is tested knows no family
+OTHERS = [name for name in ALL_FAMILIES if name not in THOROUGH]
+
+
+@pytest.fixture(scope="module", params=[*THOROUGH, *(pytest.param(name, marks=pytest.mark.full) for name in OTHERS)])
 def family(request: pytest.FixtureRequest) -> Iterator[str]:
     torch._dynamo.reset()
     yield request.param
@@ -89,6 +93,15 @@ def test_after_a_whole_generation(family: str, naming: str, same: bool) -> None:
     generate(model, of if same else prompts(family, seed=2), naming=naming)
     assert torch.equal(generate(model, of, naming=naming), alone(family, 1, naming))
     assert cache_stats(model).hits >= 2 * sum(hits_of(naming))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_after_a_whole_generation(name: str) -> None:
+    torch._dynamo.reset()
+    model, of = fresh(name), prompts(name, seed=1)
+    generate(model, prompts(name, seed=2), naming="diffusers")
+    assert torch.equal(generate(model, of, naming="diffusers"), alone(name, 1, "diffusers"))
+    assert cache_stats(model).hits == 2 * 2 * sum(HITS)
 
 
 @all_namings
