@@ -41,6 +41,7 @@ from paracompile.report.report import Report, report_of
 from paracompile.runtime.agreement import Agreement
 from paracompile.runtime.cached_call import CachedCall, StateLike, graph_compiled
 from paracompile.runtime.inputs import InputAgreement
+from paracompile.runtime.shared_call import SharedCall
 from paracompile.runtime.slots import CallSigns
 from paracompile.thresholds import default_rdt
 from paracompile.warm_up import warm_up
@@ -131,16 +132,33 @@ def paracompile(
         source=ranks.members[0] if ranks.members else 0,
         names=tuple(node.name for _, node in _placeholders(gm) if not is_static(node)),
     )
-    if not layouts:
-        return lambda *args: compiled(*agree(args))
-    (layout,) = layouts
-    return CachedCall(
-        compiled,
-        prepare=agree,
-        like=_state_like(layout),
-        threshold=threshold,
-        static=tuple(index for index, node in _placeholders(gm) if is_static(node)),
-        signs=_signs(gm, layout),
+    run: Callback = lambda *args: compiled(*agree(args))  # noqa: E731
+    if layouts:
+        (layout,) = layouts
+        run = CachedCall(
+            compiled,
+            prepare=agree,
+            like=_state_like(layout),
+            threshold=threshold,
+            static=tuple(index for index, node in _placeholders(gm) if is_static(node)),
+            signs=_signs(gm, layout),
+        )
+    return run if ranks.is_single else _shared(run, gm, ranks, agreement, chosen)
+
+
+def _shared(run: Callback, gm: fx.GraphModule, ranks: Ranks, agreement: Agreement, options: Options) -> SharedCall:
+    sizes = (
+        f"{node.name} of {'x'.join(map(str, value.shape)) or 'one number'}"
+        for _, node in _placeholders(gm)
+        if isinstance(value := node.meta.get("example_value"), torch.Tensor) and not is_static(node)
+    )
+    return SharedCall(
+        run,
+        name=f"graph {agreement.next_graph()} of {_name(gm)}",
+        sizes=", ".join(sizes),
+        groups=(ranks.group, ranks.sequence_group, *(axis.group for axis in (ranks.batch, ranks.ring, ranks.ulysses))),
+        compiling=agreement,
+        calling=Agreement(agreement.ranks, options.call_timeout, option="call_timeout"),
     )
 
 
@@ -155,7 +173,11 @@ def _whole(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) 
 def _identity(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[str, list[torch.Tensor]]:
     """The class of the module that a graph is of, and its weights."""
     weights = [value for (_, node), value in zip(_placeholders(gm), example_inputs, strict=True) if is_static(node)]
-    return next(iter(_classes(gm)), "a function"), weights
+    return _name(gm), weights
+
+
+def _name(gm: fx.GraphModule) -> str:
+    return next(iter(_classes(gm)), "a function")
 
 
 _NO_BLOCKS = (

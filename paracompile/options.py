@@ -93,7 +93,10 @@ class Options:
     """Called with the report of each graph after it was compiled."""
 
     timeout: float = 600.0
-    """Seconds that ranks wait for each other at compile time; more than 0."""
+    """Seconds that ranks wait for each other while compiling and through a graph's first call; more than 0."""
+
+    call_timeout: float = 30.0
+    """Seconds that a rank waits at each later call until the others make it, too; more than 0."""
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -140,10 +143,12 @@ class Options:
         _dump(self.dump)
         if self.report is not None and not callable(self.report):
             raise OptionError("report", self.report, "give a function that takes one report, or None")
-        seconds = number("timeout", self.timeout, "give the seconds that ranks wait for each other, more than 0")
-        if not (0 < seconds < math.inf):
-            raise OptionError("timeout", self.timeout, "give a finite number of seconds, more than 0")
-        object.__setattr__(self, "timeout", seconds)
+        for key in ("timeout", "call_timeout"):
+            wanted = getattr(self, key)
+            seconds = number(key, wanted, "give the seconds that ranks wait for each other, more than 0")
+            if not (0 < seconds < math.inf):
+                raise OptionError(key, wanted, "give a finite number of seconds, more than 0")
+            object.__setattr__(self, key, seconds)
 
     @property
     def caches(self) -> bool:
@@ -167,7 +172,7 @@ class Options:
         """Everything that must be equal on all ranks, one ``name = value`` a line, the same text in every process.
 
         Left out are what may differ: the mesh as an object (its device type, axes, shape and ranks are in), `dump`,
-        `report` and `timeout`.
+        `report` and the timeouts.
         """
         facts: dict[str, object] = {
             "mesh": None
