@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.artifacts import Compiled, note_compiled
 from paracompile.compiler import compile_regions, compile_whole
-from paracompile.errors import ParacompileError
+from paracompile.errors import ParacompileError, source_line
 from paracompile.integrations import diffusers
 from paracompile.layout.graph import Operation, is_static, operations
 from paracompile.layout.plan import Plan
@@ -43,6 +43,7 @@ from paracompile.runtime.cached_call import CachedCall, StateLike, graph_compile
 from paracompile.runtime.inputs import InputAgreement
 from paracompile.runtime.shared_call import SharedCall
 from paracompile.runtime.slots import CallSigns
+from paracompile.runtime.verified_call import VerifiedCall
 from paracompile.thresholds import default_rdt
 from paracompile.warm_up import warm_up
 
@@ -119,7 +120,8 @@ def paracompile(
             return _whole(gm, example_inputs, chosen)
         facts["plan"] = "\n".join([*map(describe, plans), *(str(layout.skipped) for layout in layouts)])
     with agreement.stage("compile"):
-        compiled, compilation = compile_regions(local, chosen, {} if ranks.is_single else inductor_settings())
+        program, compilation = compile_regions(local, chosen, {} if ranks.is_single else inductor_settings())
+        compiled = _verified(program, gm) if chosen.verify else program
     make_room()
     if chosen.caches and not layouts:
         warnings.warn(_NO_BLOCKS, stacklevel=2)
@@ -165,9 +167,27 @@ def _shared(run: Callback, gm: fx.GraphModule, ranks: Ranks, agreement: Agreemen
 def _whole(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callback:
     """A graph of which nothing is changed."""
     compiled = compile_whole(gm, example_inputs, options, {})
+    if options.verify:
+        compiled = _verified(compiled, gm)
     if options.report is not None:
         options.report(Report(ranks=1))
     return compiled
+
+
+def _verified(compiled: Callback, gm: fx.GraphModule) -> VerifiedCall:
+    (output,) = gm.graph.find_nodes(op="output")
+    values = [node.meta.get("example_value") for node in gm.graph.nodes]
+    dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor) and value.dtype.is_floating_point}
+    return VerifiedCall(
+        compiled,
+        original=gm,
+        inputs=[repr(node.name) for _, node in _placeholders(gm)],
+        outputs=[
+            f"{number} ({source_line(value) or value.name})" if isinstance(value, fx.Node) else str(number)
+            for number, value in enumerate(output.args[0])
+        ],
+        tolerance=max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) ** 0.5,
+    )
 
 
 def _identity(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[str, list[torch.Tensor]]:

@@ -86,6 +86,9 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Patches of `torch._inductor.config`, by name ("triton.cudagraphs"); they win over `mode`."""
 
+    verify: bool = False
+    """The first call of each graph also runs the original one, whole on each rank, and raises where the two differ."""
+
     dump: str | os.PathLike[str] | None = None
     """A folder, made when needed, that gets the graph before and after each pass."""
 
@@ -122,11 +125,13 @@ class Options:
             raise OptionError("mesh", self.mesh, "give a DeviceMesh, such as paracompile.init_mesh builds, or None")
         _one_of("inputs", self.inputs, get_args(InputMode))
         _one_of("compiler", self.compiler, get_args(Compiler))
-        for key in ("shard_inputs", "drop_masked_keys", "regions"):
+        for key in ("shard_inputs", "drop_masked_keys", "regions", "verify"):
             if not isinstance(getattr(self, key), bool):
                 raise OptionError(key, getattr(self, key), "give True or False")
         if not self.shard_inputs and self.inputs == "check":
             raise OptionError("inputs", self.inputs, "shards differ from rank to rank: leave it out")
+        if not self.shard_inputs and self.verify:
+            raise OptionError("verify", self.verify, "no rank has the whole inputs to compare with: leave it out")
         object.__setattr__(self, "rdt", _rdt(self.rdt))
         self._check_cache()
         object.__setattr__(self, "inductor", _inductor(self.inductor))
@@ -185,6 +190,7 @@ class Options:
             "drop_masked_keys": self.drop_masked_keys,
             "regions": self.regions,
             "compiler": self.compiler,
+            "verify": self.verify,
             "mode": None if self.mode == "default" else self.mode,
             **{f"inductor.{name}": value for name, value in sorted(self.inductor.items())},
         }

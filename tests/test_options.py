@@ -90,6 +90,8 @@ def test_taken(given: dict[str, Any]) -> None:
         ({"shard_inputs": 0}, "shard_inputs", ["True or False"]),
         ({"drop_masked_keys": None}, "drop_masked_keys", ["True or False"]),
         ({"regions": "blocks"}, "regions", ["True or False"]),
+        ({"verify": 1}, "verify", ["True or False"]),
+        ({"shard_inputs": False, "verify": True}, "verify", ["no rank has the whole inputs"]),
         ({"shard_inputs": False, "inputs": "check"}, "inputs", ["shards differ"]),
         ({"input": "check"}, "input", ["no such option", "'inputs'", "mesh, inputs, rdt, "]),
         ({"zzz": 1}, "zzz", ["Options: mesh, inputs, rdt, ", "shard_inputs, drop_masked_keys, regions, compiler"]),

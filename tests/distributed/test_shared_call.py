@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from pool import GROUP_TIMEOUT, Pool
 from test_backend_on_gloo import compiled, said_by, small, tokens
 from torch import Tensor
 
-from paracompile import init_mesh
+from paracompile import backend, init_mesh
 from paracompile.runtime.agreement import Agreement
 
 PROMPT = 5.0  # seconds in which every rank must have been told
@@ -190,3 +191,26 @@ def test_meetings_are_quick_and_leave_no_keys(size: int, request: pytest.Fixture
     for seconds, keys in pool.run(many_meetings, size):
         assert seconds < 0.01  # of it 0.0001 to 0.0002 on an idle machine
         assert keys <= 4  # two counts, and the barriers' own
+
+
+# A failure in the first call
+
+
+def wrong_on_one(rank: int) -> Told:
+    """What one rank computes differs from the original graph; all are told, and not in a collective."""
+    compile_regions = backend.compile_regions
+
+    def spoiled(*args: Any, **kwargs: Any) -> Any:
+        program, compilation = compile_regions(*args, **kwargs)
+        return (lambda *arguments: tuple(1.1 * output for output in program(*arguments))), compilation
+
+    told = calls(compiled(small(), verify=True), 20, 20)
+    torch._dynamo.reset()
+    with mock.patch.object(backend, "compile_regions", spoiled if rank == 1 else compile_regions):
+        return told + calls(compiled(small(), verify=True), 20, 20)
+
+
+def test_one_rank_s_graph_that_is_wrong_is_an_error_on_all(two_ranks: Pool) -> None:
+    for *right, wrong, again in two_ranks.run(wrong_on_one):
+        assert_fine(right)
+        assert_refused([wrong, again], '"verify": the compiled graph and the original differ in output 0')
