@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from paracompile.artifacts import Compiled, note_compiled
-from paracompile.calling import as_called
+from paracompile.calling import as_called, as_called_by_all, verified
 from paracompile.captured import Captured
 from paracompile.compiler import compile_regions, compile_whole
 from paracompile.integrations import diffusers
@@ -83,13 +83,15 @@ def paracompile(
             return _whole(captured, chosen)
         facts["plan"] = "\n".join([*map(describe, found.plans.values()), str(found.skipped)])
     with agreement.stage("compile"):
-        compiled, compilation = compile_regions(local, chosen, {} if ranks.is_single else inductor_settings())
+        program, compilation = compile_regions(local, chosen, {} if ranks.is_single else inductor_settings())
+        compiled = verified(program, captured) if chosen.verify else program
     make_room()
     if chosen.caches and found.cache is None:
         warnings.warn(NO_BLOCKS, stacklevel=2)
     if chosen.report is not None and report is not None:
         chosen.report(replace(report, compilation=compilation))
-    return as_called(compiled, captured, chosen, ranks, cache=found.cache, threshold=threshold)
+    run = as_called(compiled, captured, chosen, ranks, cache=found.cache, threshold=threshold)
+    return run if ranks.is_single else as_called_by_all(run, captured, chosen, ranks, agreement)
 
 
 def _in_regions(captured: Captured, options: Options) -> bool:
@@ -106,6 +108,8 @@ def _may_gain(captured: Captured, options: Options) -> bool:
 def _whole(captured: Captured, options: Options) -> Callback:
     """A graph of which nothing is changed."""
     compiled = compile_whole(captured.gm, captured.example_inputs, options, {})
+    if options.verify:
+        compiled = verified(compiled, captured)
     if options.report is not None:
         options.report(Report(ranks=1))
     return compiled

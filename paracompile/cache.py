@@ -37,7 +37,7 @@ def set_rdt(model: nn.Module, rdt: float) -> None:
         raise OptionError("rdt", rdt, remedy)
     for cache in _caches(model):
         cache.threshold = threshold
-        cache.end_generation()
+        cache.forget()
 
 
 def reset_cache(model: nn.Module) -> None:
@@ -47,7 +47,7 @@ def reset_cache(model: nn.Module) -> None:
         OptionError: not a module.
     """
     for cache in caches_of(_module(model).parameters()):
-        cache.end_generation()
+        cache.forget()
 
 
 def cache_context(name: str) -> AbstractContextManager[None]:

@@ -11,16 +11,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 
 from paracompile.captured import Captured
+from paracompile.errors import source_line
 from paracompile.mesh import Ranks
 from paracompile.options import Options
 from paracompile.passes import CacheLayout
+from paracompile.runtime.agreement import Agreement
 from paracompile.runtime.cached_call import CachedCall, StateLike
 from paracompile.runtime.inputs import InputAgreement
+from paracompile.runtime.shared_call import SharedCall
 from paracompile.runtime.slots import CallSigns
+from paracompile.runtime.verified_call import VerifiedCall
 
-__all__ = ["as_called"]
+__all__ = ["as_called", "as_called_by_all", "verified"]
 
 
 def as_called(
@@ -56,6 +61,42 @@ def as_called(
         threshold=threshold,
         static=tuple(captured.static),
         signs=_signs(captured, cache),
+    )
+
+
+def as_called_by_all(
+    run: Callable[..., Any], captured: Captured, options: Options, ranks: Ranks, agreement: Agreement
+) -> SharedCall:
+    """What every rank calls together; `agreement` is that of the ranks that compiled it."""
+    sizes = (
+        f"{node.name} of {'x'.join(map(str, value.shape)) or 'one number'}"
+        for node in captured.changing.values()
+        if isinstance(value := node.meta.get("example_value"), torch.Tensor)
+    )
+    return SharedCall(
+        run,
+        name=f"graph {agreement.next_graph()} of {captured.model}",
+        sizes=", ".join(sizes),
+        groups=(ranks.group, ranks.sequence_group, *(axis.group for axis in (ranks.batch, ranks.ring, ranks.ulysses))),
+        compiling=agreement,
+        calling=Agreement(agreement.ranks, options.call_timeout, option="call_timeout"),
+    )
+
+
+def verified(run: Callable[..., Any], captured: Captured) -> VerifiedCall:
+    """The compiled graph, compared with the captured one at its first call."""
+    (output,) = captured.gm.graph.find_nodes(op="output")
+    values = [node.meta.get("example_value") for node in captured.gm.graph.nodes]
+    dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor) and value.dtype.is_floating_point}
+    return VerifiedCall(
+        run,
+        original=captured.gm,
+        inputs=[repr(node.name) for node in captured.placeholders],
+        outputs=[
+            f"{number} ({source_line(value) or value.name})" if isinstance(value, fx.Node) else str(number)
+            for number, value in enumerate(output.args[0])
+        ],
+        tolerance=max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) ** 0.5,
     )
 
 

@@ -86,6 +86,9 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Patches of `torch._inductor.config`, by name ("triton.cudagraphs"); they win over `mode`."""
 
+    verify: bool = False
+    """The first call of each graph also runs the original one, whole on each rank, and raises where the two differ."""
+
     dump: str | os.PathLike[str] | None = None
     """A folder, made when needed, that gets the graph before and after each pass."""
 
@@ -93,7 +96,10 @@ class Options:
     """Called with the report of each graph after it was compiled."""
 
     timeout: float = 600.0
-    """Seconds that ranks wait for each other at compile time; more than 0."""
+    """Seconds that ranks wait for each other while compiling and through a graph's first call; more than 0."""
+
+    call_timeout: float = 30.0
+    """Seconds that a rank waits at each later call until the others make it, too; more than 0."""
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -119,11 +125,13 @@ class Options:
             raise OptionError("mesh", self.mesh, "give a DeviceMesh, such as paracompile.init_mesh builds, or None")
         _one_of("inputs", self.inputs, get_args(InputMode))
         _one_of("compiler", self.compiler, get_args(Compiler))
-        for key in ("shard_inputs", "drop_masked_keys", "regions"):
+        for key in ("shard_inputs", "drop_masked_keys", "regions", "verify"):
             if not isinstance(getattr(self, key), bool):
                 raise OptionError(key, getattr(self, key), "give True or False")
         if not self.shard_inputs and self.inputs == "check":
             raise OptionError("inputs", self.inputs, "shards differ from rank to rank: leave it out")
+        if not self.shard_inputs and self.verify:
+            raise OptionError("verify", self.verify, "no rank has the whole inputs to compare with: leave it out")
         object.__setattr__(self, "rdt", _rdt(self.rdt))
         self._check_cache()
         object.__setattr__(self, "inductor", _inductor(self.inductor))
@@ -140,10 +148,12 @@ class Options:
         _dump(self.dump)
         if self.report is not None and not callable(self.report):
             raise OptionError("report", self.report, "give a function that takes one report, or None")
-        seconds = number("timeout", self.timeout, "give the seconds that ranks wait for each other, more than 0")
-        if not (0 < seconds < math.inf):
-            raise OptionError("timeout", self.timeout, "give a finite number of seconds, more than 0")
-        object.__setattr__(self, "timeout", seconds)
+        for key in ("timeout", "call_timeout"):
+            wanted = getattr(self, key)
+            seconds = number(key, wanted, "give the seconds that ranks wait for each other, more than 0")
+            if not (0 < seconds < math.inf):
+                raise OptionError(key, wanted, "give a finite number of seconds, more than 0")
+            object.__setattr__(self, key, seconds)
 
     @property
     def caches(self) -> bool:
@@ -167,7 +177,7 @@ class Options:
         """Everything that must be equal on all ranks, one ``name = value`` a line, the same text in every process.
 
         Left out are what may differ: the mesh as an object (its device type, axes, shape and ranks are in), `dump`,
-        `report` and `timeout`.
+        `report` and the timeouts.
         """
         facts: dict[str, object] = {
             "mesh": None
@@ -180,6 +190,7 @@ class Options:
             "drop_masked_keys": self.drop_masked_keys,
             "regions": self.regions,
             "compiler": self.compiler,
+            "verify": self.verify,
             "mode": None if self.mode == "default" else self.mode,
             **{f"inductor.{name}": value for name, value in sorted(self.inductor.items())},
         }

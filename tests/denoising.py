@@ -121,7 +121,7 @@ def generate(model: Callable[..., Any], of: Prompts, **how: Any) -> Tensor:
 
 def slots_of(model: nn.Module) -> list[Slot]:
     """All state that is stored for a model now."""
-    return [slot for cache in caches_of(model.parameters()) for slots in cache.slots.values() for slot in slots]
+    return [slot for cache in caches_of(model.parameters()) for slot in cache.slots()]
 
 
 def _named(model: Any, name: str, naming: str) -> AbstractContextManager[Any]:

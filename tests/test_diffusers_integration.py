@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import copy
 import importlib.util
+import io
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,6 +37,7 @@ from torch import Tensor, nn
 
 from paracompile import cache_stats, set_rdt
 from paracompile.integrations.diffusers import listen
+from paracompile.runtime.slots import current_generation
 
 TINY_FLUX = Path(__file__).parents[1] / "examples" / "tiny_flux"
 TEXT_WIDTH = 64  # of both its text encoders
@@ -252,11 +256,64 @@ def test_after_a_warm_up_of_one_step(case: Case) -> None:
     assert hits(pipeline) == case.slots
 
 
-def test_state_is_gone_at_the_end_where_the_pipeline_says_so(case: Case) -> None:
+def test_state_is_gone_at_the_end(case: Case) -> None:
     pipeline = fresh(case)
     run(case, pipeline, case.embeds(1), 1, num_inference_steps=3)
-    ends = isinstance(pipeline.transformer._orig_mod, CacheMixin)
-    assert (slots_of(pipeline.transformer) == []) == ends
+    assert slots_of(pipeline.transformer) == []
+
+
+@pytest.mark.parametrize("inner_steps", [STEPS, 2])
+def test_a_pipeline_that_is_called_in_a_step_of_another(case: Case, inner_steps: int) -> None:
+    """With 2 steps it ends at a higher time than the other one goes on at."""
+
+    def draw_another(owner: Any, index: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if index == 1:
+            found.append(run(case, inner, case.embeds(2), 2, num_inference_steps=inner_steps))
+        return values
+
+    pipeline = fresh(case)
+    inner = copy.copy(pipeline)
+    inner.scheduler = copy.deepcopy(pipeline.scheduler)
+    found: list[Tensor] = []
+    outer = run(case, pipeline, case.embeds(1), 1, callback_on_step_end=draw_another)
+    assert torch.equal(outer, alone(case, 1))
+    assert hits(pipeline) == case.slots
+    assert torch.equal(found[0], run(case, fresh(case), case.embeds(2), 2, num_inference_steps=inner_steps))
+
+
+def test_pipelines_in_two_threads(case: Case) -> None:
+    first = fresh(case)
+    second = copy.copy(first)
+    second.scheduler = copy.deepcopy(first.scheduler)
+    turns = threading.Barrier(2, timeout=60)
+
+    def take_turns(owner: Any, index: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        turns.wait()
+        return values
+
+    with ThreadPoolExecutor(2) as threads:
+        runs = [
+            threads.submit(run, case, pipeline, case.embeds(seed), seed, callback_on_step_end=take_turns)
+            for seed, pipeline in ((1, first), (2, second))
+        ]
+        found = [each.result() for each in runs]
+    for seed, latents in zip((1, 2), found, strict=True):
+        assert torch.equal(latents, alone(case, seed))
+
+
+def test_a_bar_that_is_never_closed_ends_its_generation_when_it_is_gone() -> None:
+    torch._dynamo.reset()
+    model = compiled(build("wan"), **OPTIONS)
+    pipeline = Own(model._orig_mod, "note")
+    for config in ({"disable": True}, {"file": io.StringIO()}):
+        pipeline.set_progress_bar_config(**config)
+        bar = pipeline.progress_bar(total=2)
+        generate(model, prompts("wan"), steps=2)
+        assert len(slots_of(model)) == 2
+        assert current_generation().outer is not None
+        del bar
+        assert slots_of(model) == []
+        assert current_generation().outer is None
 
 
 def test_a_prompt_of_words_and_less_noise() -> None:

@@ -49,6 +49,7 @@ def test_defaults() -> None:
         {"dump": Path("somewhere/new")},
         {"report": print},
         {"timeout": 1},
+        {"call_timeout": 1},
         {"timeout": 0.5},
     ],
 )
@@ -83,10 +84,14 @@ def test_taken(given: dict[str, Any]) -> None:
         ({"timeout": float("inf")}, "timeout", ["finite"]),
         ({"timeout": float("nan")}, "timeout", ["finite"]),
         ({"timeout": True}, "timeout", ["seconds"]),
+        ({"call_timeout": 0}, "call_timeout", ["more than 0"]),
+        ({"call_timeout": "1"}, "call_timeout", ["seconds"]),
         ({"mesh": (2, 2)}, "mesh", ["(2, 2)", "init_mesh"]),
         ({"shard_inputs": 0}, "shard_inputs", ["True or False"]),
         ({"drop_masked_keys": None}, "drop_masked_keys", ["True or False"]),
         ({"regions": "blocks"}, "regions", ["True or False"]),
+        ({"verify": 1}, "verify", ["True or False"]),
+        ({"shard_inputs": False, "verify": True}, "verify", ["no rank has the whole inputs"]),
         ({"shard_inputs": False, "inputs": "check"}, "inputs", ["shards differ"]),
         ({"input": "check"}, "input", ["no such option", "'inputs'", "mesh, inputs, rdt, "]),
         ({"zzz": 1}, "zzz", ["Options: mesh, inputs, rdt, ", "shard_inputs, drop_masked_keys, regions, compiler"]),
@@ -119,7 +124,15 @@ def test_a_mode_of_every_name_that_torch_knows() -> None:
 
 def test_fingerprint_holds_what_must_be_equal() -> None:
     base = Options().fingerprint()
-    for same in ({"dump": "x"}, {"report": print}, {"timeout": 5}, {"rdt": 0}, {"mode": "default"}, {"inductor": {}}):
+    for same in (
+        {"dump": "x"},
+        {"report": print},
+        {"timeout": 5},
+        {"call_timeout": 5},
+        {"rdt": 0},
+        {"mode": "default"},
+        {"inductor": {}},
+    ):
         assert Options.parse(same).fingerprint() == base
     other = [{"inputs": "check"}, {"compiler": "eager"}, {"mode": "max-autotune"}, {"inductor": {"max_autotune": True}}]
     texts = {Options.parse(options).fingerprint() for options in other}

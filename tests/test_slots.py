@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -388,3 +391,30 @@ def test_a_generation_of_equal_prompts_is_no_continuation() -> None:
     next(steps_of(model, equal))
     assert cache_stats(model).steps == before + 2
     assert cache_stats(model).hits == 2
+
+
+# At the same time
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_loops_in_two_threads_share_nothing(naming: str) -> None:
+    """Step by step in turn, in copies of one context, under the same names and with the very same conditioning."""
+    model = fresh()
+    of = [Prompts(noise, prompts("wan").scale, prompts("wan", seed=1).conditioning) for noise in noises()[:2]]
+    alone = [generate(fresh(), each, naming=naming) for each in of]
+    generate(model, of[0], naming=naming)  # this thread has state, too
+    turns = threading.Barrier(2, timeout=60)
+
+    def loop(number: int) -> Tensor:
+        for sample in steps_of(model, of[number], naming=naming):
+            last = sample
+            turns.wait()
+        return last
+
+    with ThreadPoolExecutor(2) as threads:
+        runs = [threads.submit(contextvars.copy_context().run, loop, number) for number in range(2)]
+        found = [each.result() for each in runs]
+    for one, other in zip(found, alone, strict=True):
+        assert torch.equal(one, other)
+    gc.collect()
+    assert len(slots_of(model)) == 2  # of this thread: those of the others are gone with them

@@ -31,7 +31,7 @@ KNOWN = {
 
 def threshold_of(model: nn.Module) -> float:
     """What the options said, by the graph that was called."""
-    ((call,),) = (tuple(cache.slots) for cache in caches_of(model.parameters()))
+    ((call,),) = (tuple(held.slots) for cache in caches_of(model.parameters()) for held in cache.held.values())
     return call.threshold
 
 

@@ -1,7 +1,12 @@
-"""Ranks agree at compile time, through the key-value store that the process group was started with.
+"""Ranks agree while they compile and before each call, through the key-value store that their group was started with.
 
 Never through a collective: a rank that recompiles alone, or that failed before it came here, would leave the others in
 a collective that nobody completes. The store needs nobody else, so every wait has an end and a message.
+
+Before a call there is only one question, whether all ranks make it, and `Agreement.meet` mostly answers it in two
+trips to the store: each rank adds one to a count, and reads it until it is full. Where that takes longer, the count is
+closed (by one more addition, so that either all ranks go by it or none) and the ranks exchange what they are about, as
+they do while compiling; so it does not matter which of them calls and which compiles.
 
 One exchange, on each rank:
 
@@ -24,10 +29,12 @@ import hashlib
 import itertools
 import json
 import time
+import weakref
 import zlib
-from collections import defaultdict
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -44,11 +51,44 @@ _DIFF_WAIT = 10.0  # seconds; the texts are a courtesy, the error stands without
 _DIFF_LINES, _DIFF_COLUMNS, _DIFF_WINDOW = 30, 160, 2000
 _DIFF_FACTS = 3
 _ERROR_CHARACTERS = 8000
+_PROMPTLY = 0.2  # seconds in which ranks come to a call that need no exchange
+_SHORTEST_PAUSE = 0.00005  # seconds, about a trip to the store
+_CLOSED = 1 << 32  # above any count of ranks
 
-# Process-wide by nature: it counts how often this process has met these ranks, whichever Agreement object did it. All
-# ranks count alike as long as they compile alike; where they do not, the stages differ or somebody is absent, and
-# either ends in an error.
-_turns: defaultdict[tuple[int, ...], Iterator[int]] = defaultdict(itertools.count)
+
+@dataclass(eq=False)
+class _Session:
+    """What these ranks did together in this process, as long as their process group exists.
+
+    Process-wide by nature, whichever Agreement object did it. All ranks count alike as long as they do alike; where
+    they do not, the stages differ or somebody is absent, and either ends in an error.
+
+    attributes:
+        world: the default process group.
+        name: tells its keys from those of an earlier group that had the same store.
+        turns: numbers the meetings.
+        graphs: numbers the graphs.
+        counts: the last two counts: the store of each, and its key there.
+    """
+
+    world: weakref.ref[Any]
+    name: str
+    turns: Iterator[int] = field(default_factory=itertools.count)
+    graphs: Iterator[int] = field(default_factory=itertools.count)
+    counts: deque[tuple[Store, str]] = field(default_factory=deque)
+
+    @classmethod
+    def of(cls, ranks: tuple[int, ...]) -> _Session:
+        known = _sessions.get(ranks)
+        if known is not None and known.world() is dist.group.WORLD:
+            return known
+        listed = "-".join(map(str, ranks))
+        number = _get_default_store().add(f"paracompile/sessions/{listed}/{dist.get_rank()}", 1)
+        _sessions[ranks] = made = cls(weakref.ref(dist.group.WORLD), f"paracompile/{listed}/{number}")
+        return made
+
+
+_sessions: dict[tuple[int, ...], _Session] = {}
 
 
 class Agreement:
@@ -58,11 +98,22 @@ class Agreement:
         ranks: the mesh's global ranks, in the same order on every rank. With one rank, or under the "fake" backend,
             where the others do not exist, everything is agreed at once.
         timeout: seconds that a rank waits for the others, counted from its own arrival.
+        option: the option that says how long.
     """
 
-    def __init__(self, ranks: Sequence[int], timeout: float) -> None:
+    def __init__(self, ranks: Sequence[int], timeout: float, *, option: str = "timeout") -> None:
         self.ranks = tuple(ranks)
         self.timeout = timeout
+        self.option = option
+
+    @property
+    def is_trivial(self) -> bool:
+        """Whether there is nobody to agree with."""
+        return len(self.ranks) < 2 or (dist.is_initialized() and dist.get_backend() == "fake")
+
+    def next_graph(self) -> int:
+        """A number for one more graph, the same on all ranks."""
+        return 0 if self.is_trivial else next(_Session.of(self.ranks).graphs)
 
     def exchange(self, stage: str, *, facts: Mapping[str, str], error: str | None = None, own: str = "") -> list[str]:
         """Publish this rank's facts or its error, and wait until all ranks have said the same.
@@ -82,36 +133,82 @@ class Agreement:
                 did not come in time. It is raised on every rank that has no error of its own.
             ParacompileError: there is no process group, or this rank is not one of `ranks`.
         """
-        if len(self.ranks) < 2:
-            return [own]
+        if self.is_trivial:
+            return [own] * len(self.ranks)
+        with self._turn(stage) as store:
+            return self._exchange(store, stage, facts, error, own)
+
+    def meet(self, stage: str, *, own: str = "") -> None:
+        """Wait until every rank is at the same stage: an exchange without facts that is cheap enough for each call.
+
+        Args:
+            own: what messages about this rank say besides.
+
+        Raises:
+            RankError: as `exchange`.
+        """
+        if self.is_trivial:
+            return
+        with self._turn(stage) as store:
+            if not self._count(store, stage):
+                self._exchange(store, stage, {}, None, own)
+
+    @contextmanager
+    def _turn(self, stage: str) -> Iterator[Store]:
+        """One meeting of the ranks, with the part of the store that belongs to it."""
         if not dist.is_initialized():
             raise ParacompileError(
                 f"ranks {_listed(self.ranks)} are to agree, but torch.distributed is not initialised"
             )
-        if dist.get_backend() == "fake":
-            return [own] * len(self.ranks)
         me = dist.get_rank()
         if me not in self.ranks:
             raise ParacompileError(f"rank {me} is not one of the ranks {_listed(self.ranks)} that are to agree")
-        turn = next(_turns[self.ranks])
-        prefix = f"paracompile/agreement/{'-'.join(map(str, self.ranks))}/{turn}"
+        try:
+            session = _Session.of(self.ranks)
+            yield PrefixStore(f"{session.name}/{next(session.turns)}", _get_default_store())
+        except dist.DistError as failure:
+            raise RankError(
+                f"stage {stage!r}: rank {me} lost the store that ranks agree through: the process that serves it "
+                f"(usually rank 0's, or torchrun) has probably ended; look at its log. ({failure})"
+            ) from failure
+
+    def _exchange(self, store: Store, stage: str, facts: Mapping[str, str], error: str | None, own: str) -> list[str]:
+        me = dist.get_rank()
         said = {
             "stage": stage,
             "error": None if error is None else error[:_ERROR_CHARACTERS],
             "own": own,
             "facts": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in facts.items()},
         }
-        try:
-            store = PrefixStore(prefix, _get_default_store())
-            store.set(f"said/{me}", json.dumps(said))
-            if error is not None:
-                return []
-            return _Exchange(store, self.ranks, me, stage, self.timeout).settle(facts, said)
-        except dist.DistError as failure:
-            raise RankError(
-                f"stage {stage!r}: rank {me} lost the store that ranks agree through: the process that serves it "
-                f"(usually rank 0's, or torchrun) has probably ended; look at its log. ({failure})"
-            ) from failure
+        store.set(f"said/{me}", json.dumps(said))
+        if error is not None:
+            return []
+        return _Exchange(store, self, me, stage).settle(facts, said)
+
+    def _count(self, store: Store, stage: str) -> bool:
+        """Whether all ranks came to this stage promptly; the answer is the same on all of them."""
+        everyone = len(self.ranks)
+        key = f"count/{hashlib.sha256(stage.encode()).hexdigest()[:16]}"
+        come = store.add(key, 1)
+        self._forget_old_count(store, key, delete=come == 1)  # by one rank, and the one with time to spare
+        deadline = time.monotonic() + _PROMPTLY
+        pause = _SHORTEST_PAUSE
+        while come < everyone:
+            if time.monotonic() > deadline:
+                come = store.add(key, _CLOSED) - _CLOSED
+                break
+            time.sleep(pause)
+            pause = min(2 * pause, _FIRST_PAUSE)
+            come = store.add(key, 0)
+        return come == everyone
+
+    def _forget_old_count(self, store: Store, key: str, *, delete: bool) -> None:
+        counts = _Session.of(self.ranks).counts
+        counts.append((store, key))
+        if len(counts) > 2:  # who is at the third has left the second, so all of them have left the first
+            old, its_key = counts.popleft()
+            if delete:
+                old.delete_key(its_key)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, str]]:
@@ -136,8 +233,9 @@ class Agreement:
 class _Exchange:
     """One exchange, seen from one rank that has no error of its own."""
 
-    def __init__(self, store: Store, ranks: tuple[int, ...], me: int, stage: str, timeout: float) -> None:
-        self.store, self.ranks, self.me, self.stage, self.timeout = store, ranks, me, stage, timeout
+    def __init__(self, store: Store, agreement: Agreement, me: int, stage: str) -> None:
+        self.store, self.me, self.stage = store, me, stage
+        self.ranks, self.timeout, self.option = agreement.ranks, agreement.timeout, agreement.option
 
     def settle(self, facts: Mapping[str, str], own: dict[str, Any]) -> list[str]:
         said = self._hear(own)
@@ -185,17 +283,21 @@ class _Exchange:
         for rank in self.ranks:
             if rank in said and said[rank]["stage"] != self.stage:
                 raise RankError(
-                    f"rank {self.me} is at stage {self.stage!r} and rank {rank} at stage {said[rank]['stage']!r}: the "
-                    "ranks do not compile the same things in the same order. Probably one of them compiled a graph "
-                    "that the others took from their cache: call the model with the same shapes on every rank"
+                    f"{self._at(self.me, said)} and {self._at(rank, said)}: the ranks do not do the same things in the "
+                    "same order. Probably one of them was called with other shapes or arguments than the others: call "
+                    "the model with the same on every rank, and equally often"
                 )
+
+    def _at(self, rank: int, said: Mapping[int, Mapping[str, Any]]) -> str:
+        own = f" ({said[rank]['own']})" if said[rank]["own"] else ""
+        return f"rank {rank} is at stage {said[rank]['stage']!r}{own}"
 
     def _absent(self, missing: Sequence[int]) -> str:
         return (
             f"stage {self.stage!r}: {_ranks(missing)} did not come within the {self.timeout:g} s that rank {self.me} "
-            "waited. Probably one rank recompiled alone (called with other shapes or arguments than the others), "
-            f"or failed before its compile: look at the log of {_ranks(missing)}. "
-            'options={"timeout": seconds} lets ranks wait longer'
+            "waited. Probably one rank called the model or recompiled alone (with other shapes or arguments than the "
+            f"others), or failed before it came here: look at the log of {_ranks(missing)}. "
+            f'options={{"{self.option}": seconds}} lets ranks wait longer'
         )
 
     def _verdict(self, proposal: str) -> str:

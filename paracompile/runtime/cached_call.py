@@ -1,8 +1,8 @@
 """Calls a graph with a first block cache: brings its state, and keeps what it says.
 
-State belongs to a model and a slot, never to the compiled callable: two models of one class that were compiled with
-equal options share one callable. A model is known by its parameters, which come in as arguments; a slot is one
-trajectory of a generation (the conditional pass, the unconditional one), see `slots`.
+State belongs to a model, a generation and a slot, never to the compiled callable: two models of one class that were
+compiled with equal options share one callable. A model is known by its parameters, which come in as arguments; a slot
+is one trajectory of a generation (the conditional pass, the unconditional one), see `slots`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from paracompile.runtime.slots import UNKNOWN, Call, CallSigns, current_name
+from paracompile.runtime.slots import UNKNOWN, Call, CallSigns, Generation, current_generation, current_name
 
 __all__ = ["CachedCall", "ModelCache", "StateLike", "caches_of", "forget_all", "graph_compiled"]
 
@@ -56,37 +56,57 @@ class Slot:
 
 
 @dataclass(eq=False)
-class ModelCache:
-    """All that is stored for one model.
+class Held:
+    """All that is stored for one generation of one model.
 
     attributes:
-        threshold: what `set_rdt` said; None: what the options said.
         slots: by graph.
-        history: the records of the present or last generation, by slot's name.
-        caches: whether any graph of the model was compiled with a cache; None: none was compiled yet.
+        history: the records, by slot's name.
     """
 
-    threshold: float | None = None
     slots: weakref.WeakKeyDictionary[CachedCall, list[Slot]] = field(default_factory=weakref.WeakKeyDictionary)
     history: dict[str, list[Tensor]] = field(default_factory=dict)
-    caches: bool | None = None
-    _ended: bool = False
-
-    def end_generation(self) -> None:
-        """Forgets all state; what was recorded stays readable until the next call."""
-        self.slots.clear()
-        self._ended = True
-
-    def begin_call(self) -> None:
-        if self._ended:
-            self.history.clear()
-            self._ended = False
 
     def remember(self, slot: Slot, record: Tensor) -> None:
         slot.record = record
         records = self.history.setdefault(slot.name, [])
         records.append(record)
         del records[:-_MOST_RECORDS]
+
+
+@dataclass(eq=False)
+class ModelCache:
+    """All that is stored for one model.
+
+    attributes:
+        threshold: what `set_rdt` said; None: what the options said.
+        history: the records of the generation that was called last, by slot's name.
+        caches: whether any graph of the model was compiled with a cache; None: none was compiled yet.
+        held: by generation.
+    """
+
+    threshold: float | None = None
+    history: dict[str, list[Tensor]] = field(default_factory=dict)
+    caches: bool | None = None
+    held: weakref.WeakKeyDictionary[Generation, Held] = field(default_factory=weakref.WeakKeyDictionary)
+
+    def slots(self) -> list[Slot]:
+        """All that there are."""
+        of_graphs = [of_graph for held in list(self.held.values()) for of_graph in list(held.slots.values())]
+        return [slot for slots in of_graphs for slot in slots]
+
+    def forget(self, generation: Generation | None = None) -> None:
+        """Forgets the state of a generation, or of all; what was recorded stays readable until the next call."""
+        if generation is None:
+            self.held.clear()
+        else:
+            self.held.pop(generation, None)
+
+    def begin_call(self) -> Held:
+        """What is stored for the generation that a call belongs to."""
+        held = self.held.setdefault(current_generation(), Held())
+        self.history = held.history
+        return held
 
 
 _caches = cast(MutableMapping[Tensor, ModelCache], WeakIdKeyDictionary())
@@ -121,10 +141,10 @@ def graph_compiled(parameters: Sequence[Tensor], *, caches: bool) -> None:
             )
 
 
-def forget_all() -> None:
-    """Ends the generation of every model."""
+def forget_all(generation: Generation | None = None) -> None:
+    """Forgets the state of every model: of a generation, or of all."""
     for known in list(_caches.values()):
-        known.end_generation()
+        known.forget(generation)
 
 
 @cache
@@ -157,17 +177,17 @@ class CachedCall:
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         model = self._model(args)
-        model.begin_call()
-        slot = self._slot(model, args)
+        held = model.begin_call()
+        slots = held.slots.setdefault(self, [])
+        slot = self._slot(slots, args)
         threshold = self.threshold if model.threshold is None else model.threshold
         control = _control(threshold, slot.call is not None, slot.record.device)
         try:
             *outputs, record = self.compiled(*self.prepare(args), control, slot.record, *slot.state)
         except BaseException:
-            slots = self._slots(model)  # by now perhaps without it: a generation may have ended within the call
             slots[:] = [other for other in slots if other is not slot]  # some of its state may be written, some not
             raise
-        model.remember(slot, record)
+        held.remember(slot, record)
         return tuple(outputs)
 
     def _model(self, args: Sequence[Any]) -> ModelCache:
@@ -179,12 +199,8 @@ class CachedCall:
             known = _caches[parameter] = ModelCache()
         return known
 
-    def _slots(self, model: ModelCache) -> list[Slot]:
-        return model.slots.setdefault(self, [])
-
-    def _slot(self, model: ModelCache, args: Sequence[Any]) -> Slot:
-        """The slot of this call."""
-        slots = self._slots(model)
+    def _slot(self, slots: list[Slot], args: Sequence[Any]) -> Slot:
+        """The slot of this call among those of its generation, and made there if it is new."""
         name = current_name()
         if name is not None:
             named = next((slot for slot in slots if slot.name == name and slot.call is None), None)

@@ -4,20 +4,33 @@ A name says it outright: `cache_context` of paracompile, or of diffusers' models
 the calls themselves tell: a pipeline passes the very same tensors of conditioning (text, ids, masks) at each step of
 one trajectory, and others for another. What is not surely the same is another trajectory, and starts by computing:
 two steps, because two images of one prompt in turn are only seen to be two at the second.
+
+All this is within one generation, the making of one image or video. Generations that run at the same time never share
+anything: each thread has its own, and so has each loop of a diffusers pipeline, also one within another.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["UNKNOWN", "Call", "CallSigns", "current_name", "named"]
+__all__ = [
+    "UNKNOWN",
+    "Call",
+    "CallSigns",
+    "Generation",
+    "begin_generation",
+    "current_generation",
+    "current_name",
+    "named",
+]
 
 UNKNOWN = "not told apart"
 """The name of the slot of calls without any sign; nothing is ever reused in it."""
@@ -38,6 +51,43 @@ def named(name: str) -> Iterator[None]:
         yield
     finally:
         _name.reset(token)
+
+
+@dataclass(eq=False)
+class Generation:
+    """One generation: calls in different ones never share state.
+
+    attributes:
+        outer: the generation that goes on after this one; None for what is outside of all loops that are known.
+        thread: the thread that it began in.
+        over: whether it has ended.
+    """
+
+    outer: Generation | None
+    thread: int = field(default_factory=threading.get_ident)
+    over: bool = False
+
+
+_generation: ContextVar[Generation | None] = ContextVar("paracompile_generation", default=None)
+
+
+def current_generation() -> Generation:
+    """The generation that calls belong to now."""
+    generation = _generation.get()
+    while generation is not None and generation.over:
+        generation = generation.outer
+    # Threads that were given a copy of one context would share what is outside of all loops.
+    if generation is None or (generation.outer is None and generation.thread != threading.get_ident()):
+        generation = Generation(outer=None)
+    _generation.set(generation)
+    return generation
+
+
+def begin_generation() -> Generation:
+    """Begins a generation within the current one; it lasts until it is said to be `over`."""
+    inner = Generation(outer=current_generation())
+    _generation.set(inner)
+    return inner
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""Calls a sharded graph on all of its ranks, or on none.
+
+A rank that is in a collective alone, or in another one than the others, is aborted by gloo and waits for ever on nccl.
+So before each call the ranks make sure that all of them make it, on the host and through the store: see
+`Agreement.meet`.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch._C._distributed_c10d import _resolve_process_group
+
+from paracompile.errors import ParacompileError
+from paracompile.runtime.agreement import Agreement
+
+__all__ = ["SharedCall"]
+
+_calling = threading.Lock()
+
+
+@dataclass(eq=False)
+class SharedCall:
+    """The callable of one graph on several ranks.
+
+    attributes:
+        run: takes the graph's arguments.
+        name: of the graph, the same on all ranks.
+        sizes: what is known about this rank's graph besides, for messages.
+        groups: the names of the process groups that the graph has collectives in.
+        compiling, calling: wait for the other ranks, as long as compiling and as long as a call may take.
+    """
+
+    run: Callable[..., Any]
+    name: str
+    sizes: str
+    groups: Iterable[str]
+    compiling: Agreement
+    calling: Agreement
+    _made_for: Mapping[str, weakref.ref[Any]] = field(init=False)
+    _calls: int = 0
+
+    def __post_init__(self) -> None:
+        self._made_for = {name: weakref.ref(_group(name)) for name in self.groups if name}
+
+    def __call__(self, *args: Any) -> Any:
+        if not _calling.acquire(blocking=False):
+            raise ParacompileError(
+                f"{self._call()}: another thread of this process is in a call of a sharded graph, and ranks whose "
+                "threads come in another order would mix the two. Let one thread make the calls, or put a lock around "
+                "whole generations, and see to it that all ranks make them in the same order"
+            )
+        try:
+            return self._first(args) if self._calls == 0 else self._next(args)
+        finally:
+            _calling.release()
+
+    def _first(self, args: tuple[Any, ...]) -> Any:
+        """Kernels may still be built and tuned here, on one rank for longer than on another."""
+        self._meet(self.compiling)
+        with self.compiling.stage(f"end of {self._call()}"):
+            result = self.run(*args)
+        self._calls += 1
+        return result
+
+    def _next(self, args: tuple[Any, ...]) -> Any:
+        self._meet(self.calling)
+        self._calls += 1
+        return self.run(*args)
+
+    def _meet(self, agreement: Agreement) -> None:
+        for name, group in self._made_for.items():
+            if group() is None or group() is not _group(name):
+                raise ParacompileError(
+                    f"{self._call()}: the process group {name!r} that it was compiled for was destroyed. Call "
+                    "torch.compiler.reset(), and compile the model for the group that there is now, with a mesh of it"
+                )
+        agreement.meet(self._call(), own=self.sizes)
+
+    def _call(self) -> str:
+        return f"call {self._calls + 1} of {self.name}"
+
+
+def _group(name: str) -> Any:
+    """The group of this name; None if there is none."""
+    try:
+        return _resolve_process_group(cast(Any, name))
+    except RuntimeError:
+        return None
