@@ -42,6 +42,7 @@ from paracompile.runtime.agreement import Agreement
 from paracompile.runtime.cached_call import CachedCall, StateLike, graph_compiled
 from paracompile.runtime.inputs import InputAgreement
 from paracompile.runtime.slots import CallSigns
+from paracompile.seen_again import seen_again
 from paracompile.thresholds import default_rdt
 from paracompile.warm_up import warm_up
 
@@ -88,10 +89,13 @@ def paracompile(
         reports: list[Report] = []
         layouts: list[CacheLayout] = []
         gains = [repeats]
+        in_place: set[int] = set()
 
         def after(name: str, graph: fx.GraphModule) -> None:
             if name == "drop_masked_keys":
                 gains.append(attends_to_visible(graph))
+            if name == "normalise":
+                in_place.update(seen_again(graph.graph))
             if name == "normalise" and lengths is None:  # graphs of shards differ in their sizes
                 facts["graph"] = comparable(graph.print_readable(print_output=False, include_stride=True))
             if name == "schedule" and chosen.report is not None:  # the last graph that is all ATen
@@ -130,6 +134,7 @@ def paracompile(
         group=ranks.group,
         source=ranks.members[0] if ranks.members else 0,
         names=tuple(node.name for _, node in _placeholders(gm) if not is_static(node)),
+        in_place=frozenset(in_place),
     )
     if not layouts:
         return lambda *args: compiled(*agree(args))
