@@ -29,6 +29,7 @@ from paracompile.report.dump import Dump
 from paracompile.report.report import NO_BLOCKS, Report, report_of
 from paracompile.runtime.agreement import Agreement
 from paracompile.runtime.cached_call import graph_compiled
+from paracompile.seen_again import seen_again
 from paracompile.thresholds import default_rdt
 from paracompile.warm_up import warm_up
 
@@ -90,7 +91,7 @@ def paracompile(
         warnings.warn(NO_BLOCKS, stacklevel=2)
     if chosen.report is not None and report is not None:
         chosen.report(replace(report, compilation=compilation))
-    run = as_called(compiled, captured, chosen, ranks, cache=found.cache, threshold=threshold)
+    run = as_called(compiled, captured, chosen, ranks, found, threshold)
     return run if ranks.is_single else as_called_by_all(run, captured, chosen, ranks, agreement)
 
 
@@ -128,6 +129,8 @@ def _rewritten(
     reports: list[Report] = []
 
     def after(name: str, graph: fx.GraphModule) -> None:
+        if name == "normalise":
+            found.seen_again = seen_again(graph.graph)
         if name == "normalise" and lengths is None:  # graphs of shards differ in their sizes
             facts["graph"] = comparable(graph.print_readable(print_output=False, include_stride=True))
         if name == "schedule" and options.report is not None:  # the last graph that is all ATen

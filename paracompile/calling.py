@@ -17,7 +17,7 @@ from paracompile.captured import Captured
 from paracompile.errors import source_line
 from paracompile.mesh import Ranks
 from paracompile.options import Options
-from paracompile.passes import CacheLayout
+from paracompile.passes import CacheLayout, Found
 from paracompile.runtime.agreement import Agreement
 from paracompile.runtime.cached_call import CachedCall, StateLike
 from paracompile.runtime.inputs import InputAgreement
@@ -33,15 +33,14 @@ def as_called(
     captured: Captured,
     options: Options,
     ranks: Ranks,
-    *,
-    cache: CacheLayout | None,
+    found: Found,
     threshold: float,
 ) -> Callable[..., Any]:
     """What Dynamo calls with the graph's inputs.
 
     args:
         run: the compiled graph.
-        cache: what it takes and gives besides.
+        found: what the passes found in it.
         threshold: of the cache.
     """
     changing = captured.changing
@@ -51,7 +50,9 @@ def as_called(
         group=ranks.group,
         source=ranks.members[0] if ranks.members else 0,
         names=tuple(node.name for node in changing.values()),
+        in_place=found.seen_again,
     )
+    cache = found.cache
     if cache is None:
         return lambda *args: run(*agree(args))
     return CachedCall(

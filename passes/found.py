@@ -56,10 +56,12 @@ class Found:
         plans: by mesh axis, what its ranks cut and how (`plan_layouts`).
         skipped: what may be skipped (`mark_blocks`); None without a cache, or where no blocks are.
         masks_dropped: how many attentions got along without their mask (`drop_masked_keys`).
+        seen_again: the places of inputs that whoever passes them sees again: written to, or handed back.
         cache: what the graph takes and gives for it (`first_block_cache`).
     """
 
     plans: dict[str, Plan] = field(default_factory=dict)
     skipped: Skipped | None = None
     masks_dropped: int = 0
+    seen_again: frozenset[int] = frozenset()
     cache: CacheLayout | None = None

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from random_tensors import draw
-from small_models import WIDTH, assert_sharded, heads, image_tokens
+from small_models import WIDTH, Mesh, assert_sharded, heads, image_tokens, mesh_name
 from small_models import merge as merge_heads
 from torch import Tensor
 
@@ -36,7 +36,7 @@ def exact(
     if offset is not None:
         scores = scores - offset.double()
     if 0 in scores.shape:
-        shape = (*query.shape[:-1], value.shape[-1])
+        shape = (*scores.shape[:-1], value.shape[-1])
         return query.new_zeros(shape).double(), query.new_full(shape[:-1], -math.inf).double()
     largest = scores.amax(-1, keepdim=True)
     seen = largest != -math.inf
@@ -51,6 +51,7 @@ class Case:
     """One call of attention."""
 
     batch: tuple[int, ...] = (BATCH,)
+    key_batch: tuple[int, ...] | None = None
     heads: int = HEADS
     key_heads: int = HEADS
     queries: int = QUERIES
@@ -64,8 +65,9 @@ class Case:
 
     def arguments(self) -> tuple[Any, ...]:
         query = draw(*self.batch, self.heads, self.queries, SIZE, seed=1) * self.factor
-        key = draw(*self.batch, self.key_heads, self.keys, SIZE, seed=2)
-        value = draw(*self.batch, self.key_heads, self.keys, self.value_size, seed=3)
+        key_batch = self.batch if self.key_batch is None else self.key_batch
+        key = draw(*key_batch, self.key_heads, self.keys, SIZE, seed=2)
+        value = draw(*key_batch, self.key_heads, self.keys, self.value_size, seed=3)
         mask, offset = (make() if make else None for make in (self.mask, self.offset))
         return *(part.to(self.dtype) for part in (query, key, value)), mask, offset, self.scale
 
@@ -86,6 +88,20 @@ CASES = {
     "plain": Case(),
     "no batch": Case(batch=()),
     "two batch dimensions": Case(batch=(BATCH, 3)),
+    "keys of one row for all": Case(key_batch=(1,)),
+    "queries of one row for all": Case(batch=(1,), key_batch=(BATCH,)),
+    "batches that broadcast both ways": Case(batch=(BATCH, 1), key_batch=(1, 3)),
+    "keys without a batch": Case(key_batch=()),
+    "keys of one row for all, grouped": Case(key_batch=(1,), key_heads=2),
+    "keys of one row for all, boolean": Case(key_batch=(1,), mask=lambda: sees(BATCH, HEADS, QUERIES, KEYS)),
+    "queries of one row for all, additive": Case(
+        batch=(1,),
+        key_batch=(BATCH,),
+        mask=lambda: additive(BATCH, 1, QUERIES, KEYS),
+        offset=lambda: draw(BATCH, 1, QUERIES, 1, seed=6),
+    ),
+    "no keys, of one row for all": Case(key_batch=(1,), keys=0),
+    "queries of one row for all, no keys": Case(batch=(1,), key_batch=(BATCH,), keys=0),
     "one query": Case(queries=1),
     "one key": Case(keys=1),
     "many keys": Case(keys=600),
@@ -212,7 +228,36 @@ def test_queries_keys_and_values_that_lie_interleaved_go_around_the_ring() -> No
     assert_sharded(model, [image_tokens(WIDTH), weight], {"ring": 2})
 
 
-FAKES = ("plain", "no batch", "no keys", "no queries", "grouped", "larger values", "boolean", "additive with an offset")
+@pytest.mark.parametrize(
+    "mesh",
+    [{"ring": 2}, {"ulysses": 2}, {"ring": 2, "ulysses": 2}, {"batch": 2}, {"batch": 2, "ring": 2}],
+    ids=mesh_name,
+)
+@pytest.mark.parametrize("rows", ["queries", "keys"])
+def test_queries_or_keys_of_one_row_serve_all_rows_of_the_others(rows: str, mesh: Mesh) -> None:
+    weight = draw(3 * WIDTH, WIDTH) * WIDTH**-0.5
+
+    def model(x: Tensor, weight: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in torch.nn.functional.linear(x, weight).chunk(3, dim=-1))
+        q, k, v = (q[:1], k, v) if rows == "queries" else (q, k[:1], v[:1])
+        return x + merge_heads(torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+    sharded = assert_sharded(model, [image_tokens(WIDTH), weight], mesh)
+    assert not any("attention" in name for name in sharded.whole_operations())
+
+
+FAKES = (
+    "plain",
+    "no batch",
+    "batches that broadcast both ways",
+    "queries of one row for all, no keys",
+    "no keys",
+    "no queries",
+    "grouped",
+    "larger values",
+    "boolean",
+    "additive with an offset",
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -271,6 +316,8 @@ def partials(case: Case, lengths: Sequence[int]) -> list[Partial]:
 
 MERGED = (
     "plain",
+    "keys of one row for all, grouped",
+    "queries of one row for all, additive",
     "large scores",
     "grouped, smaller values",
     "boolean",

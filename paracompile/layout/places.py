@@ -76,16 +76,17 @@ def propagate(
     places: dict[Value, Place] = {}
     for attention in sorted(attentions, key=lambda item: -item.flops):
         query = attention.operation.operands[attention.query]
-        shape = shape_of(query)
-        if len(shape) < 3:
-            continue
-        dim = len(shape) - 2 if seed == "tokens" else 0
-        start = Place(dim, shape[dim])
-        if places.get(query, start) != start:
-            continue
         result = attention.operation.results[0]  # also where no rule leads there: a causal one has none for its queries
-        reached = deque(value for value in (query, result) if value not in places)
-        places.update(dict.fromkeys(reached, start))
+        if len(shape_of(query)) < 3:
+            continue
+        starts = {value: _start(value, result, seed) for value in (query, result)}
+        if places.get(query) not in (None, starts[query]):
+            continue
+        reached: deque[Value] = deque()
+        for value, start in starts.items():
+            if start is not None and value not in places:
+                places[value] = start
+                reached.append(value)
         while reached:
             value = reached.popleft()
             for operation, slot, is_operand in touching[value]:
@@ -94,6 +95,15 @@ def propagate(
                         places[other] = place
                         reached.append(other)
     return places
+
+
+def _start(value: Value, result: Value, seed: Seed) -> Place | None:
+    """Where an attention's queries or result hold what is cut; None in queries that are broadcast along it."""
+    shape, whole_shape = shape_of(value), shape_of(result)
+    dim = -2 if seed == "tokens" else -len(whole_shape)
+    if len(shape) + dim < 0 or shape[dim] != whole_shape[dim]:
+        return None
+    return Place(len(shape) + dim, shape[dim])
 
 
 def _carry(operation: Operation, slot: int, is_operand: bool, place: Place) -> list[tuple[Value, Place]]:

@@ -49,6 +49,9 @@ class InputAgreement:
     """The global rank whose inputs count in mode "broadcast"."""
     names: tuple[str, ...] = ()
     """The inputs' names in the order of `indices`, for messages; by default their positions."""
+    in_place: frozenset[int] = frozenset()
+    """Positions of inputs that the caller sees again, because the model writes to them or hands them back: in mode
+    "broadcast" their own memory receives the source's values."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("broadcast", "check", "trust"):
@@ -61,7 +64,8 @@ class InputAgreement:
 
         Returns:
             a new list. "broadcast" puts copies of the source's tensors, with the strides of this rank's own, in the
-            place of this rank's; the tensors passed in are never written to, and arguments that are not tensors stay.
+            place of this rank's. Of the tensors passed in only those of `in_place` are written to; arguments that are
+            not tensors stay.
 
         Raises:
             RankError: "check" found differences; raised on every rank, with the same text.
@@ -103,7 +107,10 @@ class InputAgreement:
             dist.broadcast(buffer, src=self.source, group=group)
             if not am_source:
                 for slot, index in zip(slots, indices, strict=True):
-                    args[index] = _in_form_of(args[index], slot)
+                    if index in self.in_place:
+                        _overwrite(args[index], slot)
+                    else:
+                        args[index] = _in_form_of(args[index], slot)
         return args
 
     def _check(self, args: list[Any], group: ProcessGroup) -> list[Any]:
@@ -217,9 +224,22 @@ def _in_form_of(own: Tensor, received: Tensor) -> Tensor:
     """
     if own.is_contiguous():
         return received if received.device == own.device else received.to(own.device)
-    base, part = own, received
-    for dim, stride in enumerate(own.stride()):
-        if stride == 0:
-            base, part = base.narrow(dim, 0, 1), part.narrow(dim, 0, 1)
+    base = _unexpanded(own, own)
     copy = torch.empty_strided(base.size(), base.stride(), dtype=own.dtype, device=own.device)
-    return copy.copy_(part).expand(own.size())
+    return copy.copy_(_unexpanded(received, own)).expand(own.size())
+
+
+def _overwrite(own: Tensor, received: Tensor) -> None:
+    """Writes `received` over `own`, in any mode that it was made in.
+
+    `data` leaves its version alone: the version tells the cache's calls apart, and must do so on all ranks alike.
+    """
+    _unexpanded(own.data, own).copy_(_unexpanded(received, own))
+
+
+def _unexpanded(tensor: Tensor, like: Tensor) -> Tensor:
+    """One of each position along the dimensions in which `like` is expanded (stride 0)."""
+    for dim, stride in enumerate(like.stride()):
+        if stride == 0:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor

@@ -27,6 +27,8 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Attention of (*batch, heads, queries, size) and its LSE in float32, (*batch, heads, queries).
 
+    The batches of query, key and value broadcast; the result has theirs.
+
     args:
         key, value: (*batch, key heads, keys, size); the key heads divide the heads (grouped-query attention).
         mask: boolean (True: sees) or additive, broadcastable to (*batch, heads, queries, keys).
@@ -35,13 +37,16 @@ def attention_with_lse(
         scale: of the scores; 1/sqrt(size) if None.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    *batch, heads, queries, _ = query.shape
-    shape = (*batch, heads, queries, value.shape[-1])
+    shape = _result_shape(query, key, value)
+    *batch, heads, queries, _ = shape
     if key.shape[-2] == 0 or math.prod(shape) == 0:
         return query.new_zeros(shape), query.new_full(shape[:-1], -math.inf, dtype=torch.float32)
     if key.shape[-3] != heads:
         key, value = (part.repeat_interleave(heads // part.shape[-3], dim=-3) for part in (key, value))
-    query, key, value = (part.reshape(-1, *part.shape[-3:]) for part in (query, key, value))
+    # Flattened apart, batches that differ would be taken for each other's.
+    query, key, value = (
+        part.expand(*batch, *part.shape[-3:]).reshape(-1, *part.shape[-3:]) for part in (query, key, value)
+    )
     # The kernels step through the last dimension one by one, and the CPU's does not check that it may.
     query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
     if mask is not None:
@@ -57,8 +62,13 @@ def attention_with_lse(
 def _(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    shape = (*query.shape[:-1], value.shape[-1])
+    shape = _result_shape(query, key, value)
     return query.new_empty(shape), query.new_empty(shape[:-1], dtype=torch.float32)
+
+
+def _result_shape(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
+    batch: torch.Size = torch.broadcast_shapes(*(part.shape[:-3] for part in (query, key, value)))  # type: ignore[no-untyped-call]
+    return *batch, *query.shape[-3:-1], value.shape[-1]
 
 
 def reference(

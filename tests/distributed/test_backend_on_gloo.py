@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from capture import assert_equal
 from families import flux
 from pool import Pool
@@ -124,6 +125,36 @@ def test_four_ranks_that_draw_other_noise_give_rank_0_s_result(four_ranks: Pool)
     for output, _ in results:
         assert_equal(output, results[0][1])
         assert torch.equal(output, results[0][0])
+
+
+class SeenAgain(Small):
+    """Writes to one input, and hands back another, a view of it, and one that it has written a part of."""
+
+    def forward(self, x: Tensor, running: Tensor, record: Tensor) -> dict[str, Any]:  # type: ignore[override]
+        y = super().forward(x)
+        running.mul_(0.5).add_(y.mean(0))
+        record[:, 1] = x[:, 3]
+        return {"y": y, "inputs": [x, x[:, :4]], "record": record}
+
+
+def two_calls(model: Callable[..., Any], seed: int) -> list[Any]:
+    """Of each call the output, and the inputs afterwards."""
+    found: list[Any] = []
+    for first in (seed, seed + 10):
+        inputs = [tokens(seed=first), tokens(seed=first + 1).mean(0), tokens(seed=first + 2)]
+        with torch.no_grad():
+            found += [model(*inputs), inputs]
+    return found
+
+
+def what_is_seen_again(rank: int) -> list[Any]:
+    return two_calls(compiled(randomise(SeenAgain())), seed=1 + 4 * rank)
+
+
+def test_inputs_that_the_model_writes_or_hands_back_are_rank_0_s_everywhere(two_ranks: Pool) -> None:
+    expected = two_calls(randomise(SeenAgain()), seed=1)
+    for found in two_ranks.run(what_is_seen_again):
+        pytree.tree_map(assert_equal, found, expected)
 
 
 def with_other_inputs(rank: int) -> list[tuple[str, float]]:

@@ -89,6 +89,32 @@ def test_broadcast_gives_the_source_s_inputs(two_ranks: Pool, guard: str) -> Non
     assert two_ranks.run(broadcast, 2, guard) == [[], []]
 
 
+def overwritten(rank: int, guard: str) -> list[str]:
+    """What went wrong with inputs that the caller sees again, in words."""
+    wrong = []
+    own, others = arguments(rank), arguments(1)
+    versions = [None if not isinstance(value, Tensor) else value._version for value in own]
+    if rank == 0:
+        with torch.inference_mode():
+            own[0] = own[0].clone()
+    before = list(own)
+    with {"no_grad": torch.no_grad, "inference": torch.inference_mode}[guard]():
+        InputAgreement("broadcast", INPUTS, dist.group.WORLD, source=1, in_place=frozenset(INPUTS))(own)
+    for index in INPUTS:
+        if index in (1, 8, 15):  # the number, the empty tensor, the text
+            continue
+        if own[index] is not before[index] or not same(own[index], others[index]):
+            wrong.append(f"argument {index}: {own[index]} instead of {others[index]}")
+        if not own[index].is_inference() and own[index]._version != versions[index]:
+            wrong.append(f"argument {index} has another version")
+    return wrong
+
+
+@pytest.mark.parametrize("guard", ["no_grad", "inference"])
+def test_what_the_caller_sees_again_receives_the_source_s_values_itself(two_ranks: Pool, guard: str) -> None:
+    assert two_ranks.run(overwritten, guard) == [[], []]
+
+
 def count_broadcasts(rank: int) -> int:
     with torch.profiler.profile() as profile:
         InputAgreement("broadcast", INPUTS, dist.group.WORLD, source=0)(arguments(rank))
