@@ -13,7 +13,7 @@ from random_tensors import draw, randomise
 from small_models import Transformer, close, image_tokens
 from torch import Tensor, nn
 
-from paracompile import ParacompileError, backend, cache_stats
+from paracompile import ParacompileError, backend, cache_stats, calling
 from paracompile.runtime.verified_call import VerifiedCall
 
 
@@ -67,7 +67,7 @@ def test_only_the_first_call_of_each_shape_is_compared(monkeypatch: pytest.Monke
         made.append(VerifiedCall(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(backend, "VerifiedCall", kept)
+    monkeypatch.setattr(calling, "VerifiedCall", kept)
     model, call = randomise(Transformer()), None
     call = verified(model, compiler="eager")
     with torch.no_grad():
