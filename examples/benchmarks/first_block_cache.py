@@ -10,6 +10,7 @@ take turns in one process:
     full step, one piece    the same, compiled in one piece instead of in regions
     full step, armed        with the cache, in a step in which all blocks are computed
     skipped step            with the cache, in a step in which blocks 1..N are skipped
+    ... fewer guards        the same, where Dynamo does not look through PyTorch's own modules at each call
     one block               the same model with its first block only, in one piece: the lower bound of a skipped step
     diffusers, skipped      diffusers' FirstBlockCache under torch.compile, in a skipped step
 
@@ -37,11 +38,12 @@ from torch._dynamo.utils import counters
 import paracompile
 from paracompile.runtime.cached_call import caches_of
 
-FULL, WHOLE, ARMED, SKIPPED, ONE_BLOCK, PEER = (
+FULL, WHOLE, ARMED, SKIPPED, UNGUARDED, ONE_BLOCK, PEER = (
     "full step",
     "full step, one piece",
     "full step, armed",
     "skipped step",
+    "... fewer guards",
     "one block",
     "diffusers, skipped",
 )
@@ -115,6 +117,9 @@ def build(size: Size) -> tuple[dict[str, Run], nn.Module]:
     model = size.model(*size.blocks)
     plain = torch.compile(model, backend="paracompile", fullgraph=True)
     cached = torch.compile(model, backend="paracompile", fullgraph=True, options={"rdt": ALWAYS})
+    # Options that differ, or Dynamo would take this for the one before, guards and all.
+    filtered = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe, "max_consecutive_hits": 10**6}
+    unguarded = torch.compile(model, backend="paracompile", fullgraph=True, options={"rdt": ALWAYS, **filtered})
     one_piece = {"regions": False}
     whole = torch.compile(size.model(*size.blocks), backend="paracompile", fullgraph=True, options=one_piece)
     one_block = torch.compile(size.model(1, 0), backend="paracompile", fullgraph=True, options=one_piece)
@@ -133,6 +138,10 @@ def build(size: Size) -> tuple[dict[str, Run], nn.Module]:
         with paracompile.cache_context("skipped"):
             return call(cached, next(falling))
 
+    def skipped_unguarded() -> Tensor:
+        with paracompile.cache_context("skipped, fewer guards"):
+            return call(unguarded, next(falling))
+
     def peer() -> Tensor:
         with theirs.cache_context("skipped"):
             return call(compiled_theirs, next(falling))
@@ -142,6 +151,7 @@ def build(size: Size) -> tuple[dict[str, Run], nn.Module]:
         WHOLE: lambda: call(whole, still),
         ARMED: armed,
         SKIPPED: skipped,
+        UNGUARDED: skipped_unguarded,
         ONE_BLOCK: lambda: call(one_block, still),
         PEER: peer,
     }, model
@@ -162,7 +172,7 @@ def median_times(built: dict[str, Run], runs: int, wait: Callable[[], object]) -
 
 def written(model: nn.Module, run: Run) -> str:
     """How many of the stored tensors one run writes to, of how many."""
-    slots = [slot for cache in caches_of(model.parameters()) for slot in cache.slots()]
+    slots = [slot for cache in caches_of(model.parameters()) for of_graph in cache.slots.values() for slot in of_graph]
     state = [tensor for slot in slots if slot.name == "skipped" for tensor in slot.state]
     before = [tensor._version for tensor in state]
     run()
