@@ -2,6 +2,8 @@
 PYTHON ?= python3
 RANKS ?= 2
 RUN_ARGS ?=
+# Tests of one file share what was captured and compiled, so a file stays with one worker.
+WORKERS ?= 2
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -34,10 +36,10 @@ run: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/run_flux.py --device cpu $(RUN_ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not full' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not full' $(PYTEST_ARGS)
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
