@@ -118,7 +118,10 @@ def build(size: Size) -> tuple[dict[str, Run], nn.Module]:
     plain = torch.compile(model, backend="paracompile", fullgraph=True)
     cached = torch.compile(model, backend="paracompile", fullgraph=True, options={"rdt": ALWAYS})
     # Options that differ, or Dynamo would take this for the one before, guards and all.
-    filtered = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe, "max_consecutive_hits": 10**6}
+    filtered = {
+        "guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe,
+        "max_consecutive_hits": 10**6,
+    }
     unguarded = torch.compile(model, backend="paracompile", fullgraph=True, options={"rdt": ALWAYS, **filtered})
     one_piece = {"regions": False}
     whole = torch.compile(size.model(*size.blocks), backend="paracompile", fullgraph=True, options=one_piece)

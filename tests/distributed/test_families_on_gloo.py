@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from paracompile import init_mesh
 from paracompile.report.report import Report
 
-all_families = pytest.mark.parametrize("family", FAMILIES)
+all_families = pytest.mark.parametrize(
+    "family", [name if name == "flux" else pytest.param(name, marks=pytest.mark.full) for name in FAMILIES]
+)
 
 
 def run_compiled(model: nn.Module, inputs: Inputs, **options: Any) -> tuple[Tensor, list[Report]]:

@@ -28,7 +28,7 @@ def inductor(rank: int, family: str) -> tuple[Tensor, Tensor, list[Report]]:
     return expected, output, reports
 
 
-@pytest.mark.parametrize("family", ["flux", "wan"])
+@pytest.mark.parametrize("family", ["flux", pytest.param("wan", marks=pytest.mark.full)])
 def test_inductor_gives_the_eager_model_s_output(family: str, two_ranks: Pool) -> None:
     for expected, output, reports in two_ranks.run(inductor, family):
         assert_equal(output, expected)
