@@ -23,7 +23,7 @@ from paracompile.artifacts import Compiled, note_compiled
 from paracompile.compiler import compile_regions, compile_whole
 from paracompile.errors import ParacompileError
 from paracompile.integrations import diffusers
-from paracompile.layout.graph import Operation, is_static, operations
+from paracompile.layout.graph import Operation, check_static, is_static, operations
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 from paracompile.options import Options
@@ -85,6 +85,7 @@ def paracompile(
     lengths = None if chosen.shard_inputs else _lengths(gm, ranks, agreement)
     with agreement.stage("plan") as facts:
         _check_gradients(gm, example_inputs)
+        check_static(gm.graph, example_inputs)
         plans: list[Plan] = []
         reports: list[Report] = []
         layouts: list[CacheLayout] = []
