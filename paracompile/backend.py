@@ -18,6 +18,7 @@ from paracompile.calling import as_called, as_called_by_all, verified
 from paracompile.captured import Captured
 from paracompile.compiler import compile_regions, compile_whole
 from paracompile.integrations import diffusers
+from paracompile.layout.graph import check_static
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 from paracompile.options import Options
@@ -71,6 +72,7 @@ def paracompile(
     lengths = None if chosen.shard_inputs else _lengths(gm, ranks, agreement)
     with agreement.stage("plan") as facts:
         captured.check_gradients()
+        check_static(gm.graph, example_inputs)
         threshold = _threshold(captured, chosen)
         found = Found()
         try:

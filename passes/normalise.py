@@ -14,6 +14,7 @@ table of rules covers functions, methods, keywords and operators alike.
   recompiles.
 - A tensor subclass among the inputs (a weight quantised by torchao) is traced as a plain tensor of the same outer
   shape, and `aten.linear` stays one node; `subclasses` spells it so that the real one is asked when it runs.
+- `as_strided` is spelled as what it selects (`strides`).
 - A mutated graph input is written back by `aten.copy_` at the end, the one in-place operator that remains.
 - Placeholders keep what Dynamo attached to them, without which AOTAutograd no longer knows the static weights.
 """
@@ -38,6 +39,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from paracompile.errors import GraphError
 from paracompile.passes.equal_blocks import STAND_IN, fold_equal_blocks, unfold
+from paracompile.passes.strides import spell_strides
 from paracompile.patterns.autocast import ENTER_AUTOCAST, EXIT_AUTOCAST
 
 aten = torch.ops.aten
@@ -56,6 +58,7 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
     _restore_inputs(gm, traced)
     for node in list(traced.graph.nodes):
         _respell(node)
+    spell_strides(traced)
     traced.graph.eliminate_dead_code()
     traced.graph.lint()
     traced.recompile()

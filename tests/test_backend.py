@@ -19,6 +19,7 @@ from random_tensors import draw, randomise
 from small_models import BATCH, IMAGE, WIDTH, SelfAttention, Transformer, capture, close, image_tokens
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.variables.builder import VariableBuilder
 from torch._inductor import list_mode_options
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.distributed.device_mesh import init_device_mesh
@@ -333,6 +334,15 @@ def test_wanted_gradients_are_declined(compiler: str) -> None:
     assert "torch.no_grad()" in str(caught.value)
     with torch.no_grad():
         assert compiled(image_tokens()).shape == (BATCH, IMAGE, 10)
+
+
+def test_a_parameter_that_dynamo_does_not_call_static_is_an_error(
+    two_ranks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a torch that calls it otherwise; weights would be sent to all ranks at each call."""
+    monkeypatch.setattr(VariableBuilder, "mark_static_input", lambda *args, **kwargs: None)
+    with pytest.raises(BackendCompilerFailed, match=r"to_q_parameters_weight_.*it is a parameter, and torch"):
+        call(SelfAttention(), image_tokens(WIDTH), compiler="eager")
 
 
 @pytest.mark.usefixtures("two_ranks")

@@ -9,9 +9,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._ops import OpOverload
 
+from paracompile.errors import GraphError
 from paracompile.layout.factors import Factor, Op, Operand, Rule, Shape
 
 
@@ -97,6 +98,20 @@ def writes(node: fx.Node) -> bool:
 def is_static(node: fx.Node) -> bool:
     """Whether a graph input is a parameter or a buffer, as Dynamo says: the same at each call, and on all ranks."""
     return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+
+
+def check_static(graph: fx.Graph, example_inputs: Sequence[Any]) -> None:
+    """Raises a GraphError where a parameter is not static: by another torch it may be called otherwise.
+
+    Such a weight would be sent to all ranks at each call, and nothing would tell.
+    """
+    for node, value in zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if isinstance(value, nn.Parameter) and not is_static(node):
+            raise GraphError(
+                node,
+                f"it is a parameter, and torch {torch.__version__} does not say so as paracompile reads it",
+                "use a version of torch that paracompile was tested with, and report this",
+            )
 
 
 def operations(graph: fx.Graph, rule_for: Callable[[OpOverload[..., Any]], Rule | None]) -> list[Operation]:
