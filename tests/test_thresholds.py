@@ -208,7 +208,9 @@ def test_no_threshold(rdt: Any) -> None:
     assert repr(rdt) in str(caught.value)
 
 
-@pytest.mark.parametrize("model", [None, "model", torch.sin, [nn.Linear(2, 2)]], ids=["none", "text", "function", "list"])
+@pytest.mark.parametrize(
+    "model", [None, "model", torch.sin, [nn.Linear(2, 2)]], ids=["none", "text", "function", "list"]
+)
 def test_no_module(model: Any) -> None:
     for ask in (cache_stats, reset_cache, lambda given: set_rdt(given, 0.1)):
         with pytest.raises(OptionError, match="give the compiled module"):
