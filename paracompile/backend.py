@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.artifacts import Compiled, note_compiled
 from paracompile.compiler import compile_regions, compile_whole
-from paracompile.errors import ParacompileError
+from paracompile.errors import GraphError, ParacompileError
 from paracompile.integrations import diffusers
-from paracompile.layout.graph import Operation, check_static, is_static, operations
+from paracompile.layout.graph import Operation, is_static, operations
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 from paracompile.options import Options
@@ -85,7 +85,7 @@ def paracompile(
     lengths = None if chosen.shard_inputs else _lengths(gm, ranks, agreement)
     with agreement.stage("plan") as facts:
         _check_gradients(gm, example_inputs)
-        check_static(gm.graph, example_inputs)
+        _check_static(gm, example_inputs)
         plans: list[Plan] = []
         reports: list[Report] = []
         layouts: list[CacheLayout] = []
@@ -330,6 +330,20 @@ def _check_gradients(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
             f"gradients are wanted (of {wanted[0]}{others}), and a graph that is sharded or cached has none: call the "
             "model under torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)"
         )
+
+
+def _check_static(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Raises a GraphError where a parameter is not static: by another torch it may be called otherwise.
+
+    Such a weight would be sent to all ranks at each call, and nothing would tell.
+    """
+    for (_, node), value in zip(_placeholders(gm), example_inputs, strict=True):
+        if isinstance(value, nn.Parameter) and not is_static(node):
+            raise GraphError(
+                node,
+                f"it is a parameter, and torch {torch.__version__} does not say so as paracompile reads it",
+                "use a version of torch that paracompile was tested with, and report this",
+            )
 
 
 def _compile_name() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -684,3 +685,21 @@ def test_every_rank_runs_the_same_collectives_in_the_same_order(tokens: tuple[in
     sharded = assert_sharded(model, inputs, mesh)
     orders = [[str(node.target) for node in gm.graph.nodes if "c10d" in str(node.target)] for gm in sharded.graphs]
     assert orders.count(orders[0]) == 4
+
+
+def written_where(x: Tensor, of: str, value: float | None) -> Tensor:
+    """A mask of several dimensions is one index of as many."""
+    y = x.clone()
+    seen = x > 0 if of == "values" else x[..., 0] > 0
+    y[seen] = y[seen] * 2 if value is None else value
+    return y
+
+
+@pytest.mark.parametrize("value", [0.5, None])
+@pytest.mark.parametrize("of", ["tokens", "values"])
+@pytest.mark.parametrize("mesh", [2, {"batch": 2, "ring": 2}], ids=mesh_name)
+def test_a_mask_of_several_dimensions_as_an_index(mesh: Mesh, of: str, value: float | None) -> None:
+    model = randomise(Transformer(middle=partial(written_where, of=of, value=value)))
+    sharded = assert_sharded(model, [image_tokens()], mesh)
+    if value is not None:  # what is written does not depend on other positions, so that nothing is gathered for it
+        assert sharded.collectives["all_gather_into_tensor"] == len(mesh_sizes(mesh))
