@@ -14,6 +14,7 @@ table of rules covers functions, methods, keywords and operators alike.
   recompiles.
 - A tensor subclass among the inputs (a weight quantised by torchao) is traced as a plain tensor of the same outer
   shape, and `aten.linear` stays one node; `subclasses` spells it so that the real one is asked when it runs.
+- What autocast casts inside of attention is cast before it.
 - `as_strided` is spelled as what it selects (`strides`).
 - A mutated graph input is written back by `aten.copy_` at the end, the one in-place operator that remains.
 - Placeholders keep what Dynamo attached to them, without which AOTAutograd no longer knows the static weights.
@@ -40,6 +41,7 @@ from torch.fx.traceback import preserve_node_meta
 from paracompile.errors import GraphError
 from paracompile.passes.equal_blocks import STAND_IN, fold_equal_blocks, unfold
 from paracompile.passes.strides import spell_strides
+from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import ENTER_AUTOCAST, EXIT_AUTOCAST
 
 aten = torch.ops.aten
@@ -128,6 +130,20 @@ def _respell(node: fx.Node) -> None:
         else:
             node.target, node.args = aten._to_copy.default, (source,)
             node.kwargs = {"dtype": made.dtype, "device": made.device}
+    elif node.target is aten.scaled_dot_product_attention.default:
+        _spell_casts(node)
+
+
+def _spell_casts(attention: fx.Node) -> None:
+    """Casts queries, keys and values as autocast does inside of attention: there ranks exchange them."""
+    made = attention.meta["val"]
+    write = GraphWriter(made.fake_mode, attention.graph)
+    write.origin = attention
+    with attention.graph.inserting_before(attention):
+        for place, operand in enumerate(attention.args[:3]):
+            assert isinstance(operand, fx.Node)
+            if operand.meta["val"].dtype != made.dtype:
+                attention.update_arg(place, write(aten._to_copy.default, operand, dtype=made.dtype))
 
 
 def _drop(node: fx.Node, instead: Any) -> None:
@@ -184,9 +200,18 @@ class _Interpreter(fx.Interpreter):
             return region
         if target is EXIT_AUTOCAST:
             return args[0].close()
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            return self._checkpointed(*args)  # the keywords say how it is computed again
         made = super().call_function(target, args, kwargs)
         if target is STAND_IN:
             self.from_stand_ins.extend(made)
+        return made
+
+    def _checkpointed(self, body: fx.GraphModule, *args: Any) -> Any:
+        """Without gradients nothing is computed again: the body is part of the graph."""
+        inner = _Interpreter(body, self.regions)
+        made = inner.run(*args)
+        self.from_stand_ins += inner.from_stand_ins
         return made
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -30,6 +30,7 @@ from small_models import (
 from torch import Tensor, fx, nn
 from torch._functorch._aot_autograd.frontend_utils import _try_get_metadata_from_dynamo
 from torch._ops import OpOverload
+from torch.utils.checkpoint import checkpoint
 
 from paracompile.errors import GraphError
 from paracompile.mesh import Ranks
@@ -337,6 +338,33 @@ def test_a_mutated_buffer_is_written_back() -> None:
     model, eager = Counting(), Counting()
     close(capture(model, [draw(3, 4)], Seen()), eager(draw(3, 4)), 0.0)
     close(model.calls, eager.calls, 0.0)
+
+
+# Functions around functions
+
+
+class Checkpointed(nn.Module):
+    """Blocks of which nothing is kept for a backward pass, one of them under autocast."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.use_reentrant)
+        with torch.autocast("cpu", torch.bfloat16):
+            return checkpoint(self.blocks[0].mlp, x, use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_is_checkpointed_is_part_of_the_graph(use_reentrant: bool) -> None:
+    model = randomise(Checkpointed(use_reentrant))
+    graph = assert_same(model, image_tokens(WIDTH)).graph
+    assert count(graph)["scaled_dot_product_attention.default"] == 3
+    assert shard(model, [image_tokens(WIDTH)]).whole_operations() == []
 
 
 # What does nothing is dropped
