@@ -48,6 +48,12 @@ aten = torch.ops.aten
 
 _DROPPED = {aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
 _RESHAPES = {aten.view.default, aten._unsafe_view.default}
+_FACTORIES = {
+    aten.new_zeros.default: aten.zeros.default,
+    aten.new_ones.default: aten.ones.default,
+    aten.new_full.default: aten.full.default,
+    aten.new_empty.default: aten.empty.memory_format,
+}
 
 
 def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -109,7 +115,8 @@ def _trace(gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: FakeTen
 def _respell(node: fx.Node) -> None:
     """Drops what does nothing in a functional graph, and operands that are only asked for a type or a shape.
 
-    Such an operand (of `type_as`, or the overwritten one of `copy`) would tie two unrelated values together.
+    Such an operand (of `type_as` or `new_zeros`, or the overwritten one of `copy`) would tie two unrelated values
+    together.
     """
     made = node.meta.get("val")
     if node.target in _DROPPED:
@@ -130,6 +137,10 @@ def _respell(node: fx.Node) -> None:
         else:
             node.target, node.args = aten._to_copy.default, (source,)
             node.kwargs = {"dtype": made.dtype, "device": made.device}
+    elif node.target in _FACTORIES:
+        assert isinstance(made, torch.Tensor)
+        node.target, node.args = _FACTORIES[node.target], node.args[1:]
+        node.kwargs = {"dtype": made.dtype, "device": made.device, "pin_memory": False}
     elif node.target is aten.scaled_dot_product_attention.default:
         _spell_casts(node)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from paracompile.layout.factors import Factor, Local, Op, Operand, Rule, Span
 from paracompile.patterns.rules import rule_for
 
-UNINITIALISED = {torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default}
+UNINITIALISED = {torch.ops.aten.empty_like.default, torch.ops.aten.empty.memory_format}
 """Operators whose values mean nothing: only shapes are compared."""
 
 

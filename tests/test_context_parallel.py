@@ -703,3 +703,20 @@ def test_a_mask_of_several_dimensions_as_an_index(mesh: Mesh, of: str, value: fl
     sharded = assert_sharded(model, [image_tokens()], mesh)
     if value is not None:  # what is written does not depend on other positions, so that nothing is gathered for it
         assert sharded.collectives["all_gather_into_tensor"] == len(mesh_sizes(mesh))
+
+
+@pytest.mark.parametrize(
+    "born",
+    [
+        lambda x: x.new_zeros(x.shape),
+        lambda x: x.new_ones(x.shape),
+        lambda x: x.new_full(x.shape, 0.5),
+        lambda x: x.new_empty(x.shape).copy_(x),
+        lambda x: torch.cat([x, x.new_zeros(x.shape[0], 3, x.shape[2])], 1)[:, : x.shape[1]],
+    ],
+    ids=["zeros", "ones", "full", "empty", "behind"],
+)
+def test_what_is_born_in_the_shape_of_another_gathers_nothing(born: Callable[[Tensor], Tensor]) -> None:
+    sharded = assert_sharded(randomise(Transformer(middle=lambda x: x * 2 + born(x))), [image_tokens()])
+    assert sharded.collectives["all_gather_into_tensor"] == 1
+    assert sharded.share == 0.5
