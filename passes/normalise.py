@@ -41,6 +41,7 @@ from torch.fx.traceback import preserve_node_meta
 from paracompile.errors import GraphError
 from paracompile.passes.equal_blocks import STAND_IN, fold_equal_blocks, unfold
 from paracompile.passes.strides import spell_strides
+from paracompile.passes.vmap import write_vmaps
 from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import ENTER_AUTOCAST, EXIT_AUTOCAST
 
@@ -62,7 +63,9 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
     Of equal blocks one is traced (`equal_blocks`).
     """
     fake_mode = detect_fake_mode(example_inputs) or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    traced = _trace_folded(gm, example_inputs, fake_mode) or _trace(gm, example_inputs, fake_mode)[0]
+    with fake_mode, _plain_inference():
+        mapped = write_vmaps(gm, _stand_in)
+    traced = _trace_folded(mapped, example_inputs, fake_mode) or _trace(mapped, example_inputs, fake_mode)[0]
     _restore_inputs(gm, traced)
     for node in list(traced.graph.nodes):
         _respell(node)
