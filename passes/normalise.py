@@ -231,7 +231,20 @@ class _Interpreter(fx.Interpreter):
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target == "type_as":
             return args[0].to(dtype=args[1].dtype, device=args[1].device)
+        if target == "fill_diagonal_":
+            return _fill_diagonal(*args, **kwargs)
         return super().call_method(target, args, kwargs)
+
+
+def _fill_diagonal(x: torch.Tensor, fill_value: float, wrap: bool = False) -> torch.Tensor:
+    """`fill_diagonal_` by views that can be written through; torch's own takes `as_strided`, which cannot."""
+    if wrap and x.dim() == 2 and x.shape[0] > x.shape[1] + 1:
+        return x.fill_diagonal_(fill_value, wrap)
+    diagonal = x
+    while diagonal.dim() > 1:
+        diagonal = diagonal.diagonal(0, 0, 1)
+    diagonal.fill_(fill_value)
+    return x
 
 
 def _run_functionally(

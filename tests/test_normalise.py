@@ -240,7 +240,19 @@ def index_put(x: Tensor) -> Tensor:
     return y
 
 
+def fill_diagonal_of_a_part(x: Tensor) -> Tensor:
+    """The mask of perturbed attention guidance: some tokens see themselves only."""
+    mask = torch.zeros(6, 6)
+    mask[:4, :4] = float("-inf")
+    mask[:4, :4].fill_diagonal_(0)
+    return x + mask.softmax(-1) @ x
+
+
 IN_PLACE: dict[str, Model] = {
+    "fill_diagonal_ of a part": fill_diagonal_of_a_part,
+    "fill_diagonal_ of a wide matrix": lambda x: (x[:, 0] * 2).fill_diagonal_(3.0),
+    "fill_diagonal_ of three dimensions": lambda x: (x[:, :2, :2] * 2).fill_diagonal_(fill_value=3.0),
+    "fill_diagonal_ of a tall matrix": lambda x: (x[0] * 2).fill_diagonal_(3.0),
     "setitem of every second": rotate,
     "masked_fill_": fill_where_negative,
     "chain": chain,
