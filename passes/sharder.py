@@ -19,14 +19,16 @@ from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 
 from paracompile.errors import GraphError
-from paracompile.layout.factors import Factor, Local, Operand, Span
-from paracompile.layout.graph import Operation, Value, is_tensor, shape_of, value_of
+from paracompile.layout.factors import Factor, Local, Operand, Shape, Span
+from paracompile.layout.graph import Operation, Value, is_tensor, shape_of, tensor_of, value_of
 from paracompile.layout.places import Attention
 from paracompile.layout.plan import Plan, Sharding
 from paracompile.mesh import Axis
 from paracompile.passes.tokens import all_tokens, own_tokens
 from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import AUTOCAST_EDGES, ENTER_AUTOCAST
+
+aten = torch.ops.aten
 
 
 class Sharder:
@@ -162,9 +164,23 @@ class Sharder:
             self.cut[operation.results[0]] = self.write_attention(self, attention)
         else:
             operands = [self.operand(operation, slot) for slot in range(len(operation.operands))]
-            self._results(operation, self.apply(operation, operands), self.cut)
+            if all(0 in self._local_shape(value) for value in operation.results):
+                self._empty(operation, operands)
+            else:
+                self._results(operation, self.apply(operation, operands), self.cut)
         for value in operation.results:
             self._verify(value)
+
+    def _empty(self, operation: Operation, operands: list[fx.Node]) -> None:
+        """What is empty on this rank is written as empty: operators need not bear that (convolutions, FFTs)."""
+        for value in operation.results:
+            how = {"dtype": _dtype_of(value), "device": tensor_of(value).device, "pin_memory": False}
+            shape = list(self._local_shape(value))
+            self.cut[value] = (
+                self.write(aten.new_empty.default, operands[0], shape, **how)  # still comes after what it is made from
+                if operands
+                else self.write(aten.empty.memory_format, shape, **how)
+            )
 
     def apply(self, operation: Operation, operands: list[fx.Node]) -> fx.Node:
         """Writes the operation on local operands, with its size arguments made local."""
@@ -181,14 +197,9 @@ class Sharder:
 
     def _local(self, operation: Operation, operands: list[fx.Node]) -> Local:
         factor = self.plan.cuts[operation].factor
-        results = []
-        for value in operation.results:
-            sharding = self.plan.result(value)
-            assert sharding is not None
-            results.append(sharding.local_shape(shape_of(value), self.plan.shares, self.axis.rank))
         return Local(
             operands=tuple(tuple(node.meta["val"].shape) for node in operands),
-            results=tuple(results),
+            results=tuple(map(self._local_shape, operation.results)),
             operand_starts=tuple(self._start(operation, factor, span) for span in factor.operands),
             result_starts=tuple(self._start(operation, factor, span) for span in factor.results),
         )
@@ -224,10 +235,13 @@ class Sharder:
         ordered = sorted(edges)
         return tuple(stop - start for start, stop in pairwise(ordered))
 
-    def _verify(self, value: Value) -> None:
+    def _local_shape(self, value: Value) -> Shape:
         sharding = self.plan.result(value)
         assert sharding is not None
-        expected = sharding.local_shape(shape_of(value), self.plan.shares, self.axis.rank)
+        return sharding.local_shape(shape_of(value), self.plan.shares, self.axis.rank)
+
+    def _verify(self, value: Value) -> None:
+        expected = self._local_shape(value)
         found = self.cut[value].meta["val"]
         if tuple(found.shape) != expected or found.dtype != _dtype_of(value):
             raise GraphError(

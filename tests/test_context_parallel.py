@@ -720,3 +720,17 @@ def test_what_is_born_in_the_shape_of_another_gathers_nothing(born: Callable[[Te
     sharded = assert_sharded(randomise(Transformer(middle=lambda x: x * 2 + born(x))), [image_tokens()])
     assert sharded.collectives["all_gather_into_tensor"] == 1
     assert sharded.share == 0.5
+
+
+NEEDS_POSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "convolution": lambda x: F.conv1d(x.transpose(1, 2), torch.eye(WIDTH)[:, :, None] * 2).transpose(1, 2),
+    "FFT": lambda x: torch.fft.ifft(torch.fft.fft(x) * 2).real,
+    "several results": lambda x: torch.cat(torch.fft.fft(x).real.sin().chunk(2, -1)[::-1], -1),
+}
+
+
+@pytest.mark.parametrize("mesh", [4, {"ring": 4}, {"ring": 2, "ulysses": 2}], ids=mesh_name)
+@pytest.mark.parametrize("name", NEEDS_POSITIONS)
+def test_a_rank_without_positions_runs_nothing_on_them(name: str, mesh: Mesh) -> None:
+    model = Transformer(middle=NEEDS_POSITIONS[name])
+    assert_sharded(randomise(model), [draw(BATCH, 3, 10)], mesh)
