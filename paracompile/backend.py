@@ -18,7 +18,6 @@ from paracompile.calling import as_called, as_called_by_all, verified
 from paracompile.captured import Captured
 from paracompile.compiler import compile_regions, compile_whole
 from paracompile.integrations import diffusers
-from paracompile.layout.graph import check_static
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 from paracompile.options import Options
@@ -72,7 +71,7 @@ def paracompile(
     lengths = None if chosen.shard_inputs else _lengths(gm, ranks, agreement)
     with agreement.stage("plan") as facts:
         captured.check_gradients()
-        check_static(gm.graph, example_inputs)
+        captured.check_static()
         threshold = _threshold(captured, chosen)
         found = Found()
         try:

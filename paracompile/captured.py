@@ -14,7 +14,7 @@ from torch._guards import CompileContext
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from paracompile.errors import ParacompileError
+from paracompile.errors import GraphError, ParacompileError
 from paracompile.layout.graph import is_static
 from paracompile.patterns.blocks import find_blocks
 
@@ -80,6 +80,19 @@ class Captured:
                 f"gradients are wanted (of {wanted[0]}{others}), and a graph that is sharded or cached has none: call "
                 "the model under torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)"
             )
+
+    def check_static(self) -> None:
+        """Raises a GraphError where a parameter is not static: by another torch it may be called otherwise.
+
+        Such a weight would be sent to all ranks at each call, and nothing would tell.
+        """
+        for index, node in self.changing.items():
+            if isinstance(self.example_inputs[index], nn.Parameter):
+                raise GraphError(
+                    node,
+                    f"it is a parameter, and torch {torch.__version__} does not say so as paracompile reads it",
+                    "use a version of torch that paracompile was tested with, and report this",
+                )
 
     def may_be_constant(self) -> bool:
         """Whether the passes, which take sizes and numbers for constants and know no gradients, may have the graph.

@@ -53,7 +53,7 @@ def localised(
     )
     changed = rule.localise(op, local) if rule.localise is not None else {}
     target = rule.local_target or op.target
-    there = Op(target, {**op.arguments, **changed}, local.operands, local.results)
+    there = Op(target, {**op.arguments, **changed}, local.operands, local.results, op.dtypes)
     return Operation(operation.node, there, rule_for(target), operation.operands, operation.results)
 
 

@@ -38,6 +38,8 @@ from paracompile.patterns.autocast import AUTOCAST_EDGES, ENTER_AUTOCAST
 from paracompile.patterns.rules import rule_for
 from paracompile.runtime.placement import SHARD, UNIFIED_ATTENTION, UNSHARD
 
+aten = torch.ops.aten
+
 
 def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ranks) -> fx.GraphModule:
     """The graph of the rank that `ranks` is seen from; `gm` stays as it is.
@@ -108,6 +110,9 @@ class _Lowering:
         elif node.target is UNIFIED_ATTENTION:
             written = self._unified_attention(operation)
         elif any(map(shardings_of, operation.results)):
+            if all(0 in self._local_shape(value) for value in operation.results):
+                self._empty(operation)
+                return
             written = self._cut(operation)
         else:
             written = self.write.copy(node, *self._arguments(node))
@@ -239,3 +244,15 @@ class _Lowering:
         args, kwargs = spelled(operation, operands)
         assert operation.op is not None
         return self.write(operation.op.target, *args, **kwargs)
+
+    def _empty(self, operation: Operation) -> None:
+        """What is empty on this rank is written as empty: operators need not bear that (convolutions, FFTs)."""
+        for value in operation.results:
+            like = tensor_of(value)
+            how = {"dtype": like.dtype, "device": like.device, "pin_memory": False}
+            shape = list(self._local_shape(value))
+            if operation.operands:  # it still comes after what it is made from
+                first = self.values[operation.operands[0]]
+                self.values[value] = self.write(aten.new_empty.default, first, shape, **how)
+            else:
+                self.values[value] = self.write(aten.empty.memory_format, shape, **how)

@@ -14,6 +14,7 @@ table of rules covers functions, methods, keywords and operators alike.
   recompiles.
 - A tensor subclass among the inputs (a weight quantised by torchao) is traced as a plain tensor of the same outer
   shape, and `aten.linear` stays one node; `subclasses` spells it so that the real one is asked when it runs.
+- What autocast casts inside of attention is cast before it.
 - `as_strided` is spelled as what it selects (`strides`).
 - A mutated graph input is written back by `aten.copy_` at the end, the one in-place operator that remains.
 - Placeholders keep what Dynamo attached to them, without which AOTAutograd no longer knows the static weights.
@@ -40,12 +41,20 @@ from torch.fx.traceback import preserve_node_meta
 from paracompile.errors import GraphError
 from paracompile.passes.equal_blocks import STAND_IN, fold_equal_blocks, unfold
 from paracompile.passes.strides import spell_strides
+from paracompile.passes.vmap import write_vmaps
+from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import ENTER_AUTOCAST, EXIT_AUTOCAST
 
 aten = torch.ops.aten
 
 _DROPPED = {aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
 _RESHAPES = {aten.view.default, aten._unsafe_view.default}
+_FACTORIES = {
+    aten.new_zeros.default: aten.zeros.default,
+    aten.new_ones.default: aten.ones.default,
+    aten.new_full.default: aten.full.default,
+    aten.new_empty.default: aten.empty.memory_format,
+}
 
 
 def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -54,7 +63,9 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
     Of equal blocks one is traced (`equal_blocks`).
     """
     fake_mode = detect_fake_mode(example_inputs) or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    traced = _trace_folded(gm, example_inputs, fake_mode) or _trace(gm, example_inputs, fake_mode)[0]
+    with fake_mode, _plain_inference():
+        mapped = write_vmaps(gm, _stand_in)
+    traced = _trace_folded(mapped, example_inputs, fake_mode) or _trace(mapped, example_inputs, fake_mode)[0]
     _restore_inputs(gm, traced)
     for node in list(traced.graph.nodes):
         _respell(node)
@@ -107,7 +118,8 @@ def _trace(gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: FakeTen
 def _respell(node: fx.Node) -> None:
     """Drops what does nothing in a functional graph, and operands that are only asked for a type or a shape.
 
-    Such an operand (of `type_as`, or the overwritten one of `copy`) would tie two unrelated values together.
+    Such an operand (of `type_as` or `new_zeros`, or the overwritten one of `copy`) would tie two unrelated values
+    together.
     """
     made = node.meta.get("val")
     if node.target in _DROPPED:
@@ -128,6 +140,24 @@ def _respell(node: fx.Node) -> None:
         else:
             node.target, node.args = aten._to_copy.default, (source,)
             node.kwargs = {"dtype": made.dtype, "device": made.device}
+    elif node.target in _FACTORIES:
+        assert isinstance(made, torch.Tensor)
+        node.target, node.args = _FACTORIES[node.target], node.args[1:]
+        node.kwargs = {"dtype": made.dtype, "device": made.device, "pin_memory": False}
+    elif node.target is aten.scaled_dot_product_attention.default:
+        _spell_casts(node)
+
+
+def _spell_casts(attention: fx.Node) -> None:
+    """Casts queries, keys and values as autocast does inside of attention: there ranks exchange them."""
+    made = attention.meta["val"]
+    write = GraphWriter(made.fake_mode, attention.graph)
+    write.origin = attention
+    with attention.graph.inserting_before(attention):
+        for place, operand in enumerate(attention.args[:3]):
+            assert isinstance(operand, fx.Node)
+            if operand.meta["val"].dtype != made.dtype:
+                attention.update_arg(place, write(aten._to_copy.default, operand, dtype=made.dtype))
 
 
 def _drop(node: fx.Node, instead: Any) -> None:
@@ -184,15 +214,37 @@ class _Interpreter(fx.Interpreter):
             return region
         if target is EXIT_AUTOCAST:
             return args[0].close()
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            return self._checkpointed(*args)  # the keywords say how it is computed again
         made = super().call_function(target, args, kwargs)
         if target is STAND_IN:
             self.from_stand_ins.extend(made)
         return made
 
+    def _checkpointed(self, body: fx.GraphModule, *args: Any) -> Any:
+        """Without gradients nothing is computed again: the body is part of the graph."""
+        inner = _Interpreter(body, self.regions)
+        made = inner.run(*args)
+        self.from_stand_ins += inner.from_stand_ins
+        return made
+
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target == "type_as":
             return args[0].to(dtype=args[1].dtype, device=args[1].device)
+        if target == "fill_diagonal_":
+            return _fill_diagonal(*args, **kwargs)
         return super().call_method(target, args, kwargs)
+
+
+def _fill_diagonal(x: torch.Tensor, fill_value: float, wrap: bool = False) -> torch.Tensor:
+    """`fill_diagonal_` by views that can be written through; torch's own takes `as_strided`, which cannot."""
+    if wrap and x.dim() == 2 and x.shape[0] > x.shape[1] + 1:
+        return x.fill_diagonal_(fill_value, wrap)
+    diagonal = x
+    while diagonal.dim() > 1:
+        diagonal = diagonal.diagonal(0, 0, 1)
+    diagonal.fill_(fill_value)
+    return x
 
 
 def _run_functionally(

@@ -9,12 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from paracompile.layout.factors import Place, Shape
 from paracompile.layout.plan import Sharding, Shares
 from paracompile.runtime.collectives import Call, all_gather
 
 aten = torch.ops.aten
+
+_FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
+_CARRIED = {torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64} | _FLOATING
+"""What both gloo and nccl gather."""
 
 
 def own_tokens(call: Call, x: Any, shape: Shape, sharding: Sharding, rank: int) -> Any:
@@ -34,7 +39,8 @@ def own_tokens(call: Call, x: Any, shape: Shape, sharding: Sharding, rank: int) 
 def all_tokens(call: Call, x: Any, shape: Shape, sharding: Sharding, rank: int, group: str) -> Any:
     """The whole value of `shape` from every rank's part; `x` is the part that `rank` holds.
 
-    Parts that differ in length are padded to the longest for the journey, and the padding is dropped on arrival.
+    Parts that differ in length are padded to the longest for the journey, and the padding is dropped on arrival. Types
+    that not every backend carries travel as bytes.
     """
     place, shares = sharding.place, sharding.shares
     ranks = shares.ranks
@@ -46,7 +52,12 @@ def all_tokens(call: Call, x: Any, shape: Shape, sharding: Sharding, rank: int, 
         behind = len(_opened_shape(shape, place, longest)) - 1 - dim
         x = call(aten.constant_pad_nd.default, x, [0, 0] * behind + [0, longest - locals_[rank]])
     x = call(aten.clone.default, x, memory_format=torch.contiguous_format)
+    dtype = x.meta["val"].dtype if isinstance(x, fx.Node) else x.dtype
+    if dtype not in _CARRIED:
+        x = call(aten.view.dtype, x, torch.uint8)
     parts = all_gather(call, x, ranks, group)
+    if dtype not in _CARRIED:
+        parts = call(aten.view.dtype, parts, dtype)
     opened = _opened_shape(shape, place, longest)
     parts = call(aten.reshape.default, parts, [ranks, *opened])
     pieces = []

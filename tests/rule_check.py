@@ -22,7 +22,7 @@ from torch import Tensor
 from paracompile.layout.factors import Factor, Local, Op, Operand, Rule, Span
 from paracompile.patterns.rules import rule_for
 
-UNINITIALISED = {torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default}
+UNINITIALISED = {torch.ops.aten.empty_like.default, torch.ops.aten.empty.memory_format}
 """Operators whose values mean nothing: only shapes are compared."""
 
 
@@ -68,7 +68,8 @@ def describe(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[
     assert set(given) <= set(arguments), f"{target} has no arguments {set(given) - set(arguments)}"
     results = run(target, arguments, tensors)
     shapes = tuple(tuple(tensor.shape) for tensor in tensors)
-    return Op(target, arguments, shapes, tuple(tuple(result.shape) for result in results)), tensors
+    dtypes = tuple(tensor.dtype for tensor in tensors)
+    return Op(target, arguments, shapes, tuple(tuple(result.shape) for result in results), dtypes), tensors
 
 
 def run(target: Any, arguments: dict[str, Any], tensors: Sequence[Tensor]) -> list[Tensor]:

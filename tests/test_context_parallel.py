@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -684,3 +685,52 @@ def test_every_rank_runs_the_same_collectives_in_the_same_order(tokens: tuple[in
     sharded = assert_sharded(model, inputs, mesh)
     orders = [[str(node.target) for node in gm.graph.nodes if "c10d" in str(node.target)] for gm in sharded.graphs]
     assert orders.count(orders[0]) == 4
+
+
+def written_where(x: Tensor, of: str, value: float | None) -> Tensor:
+    """A mask of several dimensions is one index of as many."""
+    y = x.clone()
+    seen = x > 0 if of == "values" else x[..., 0] > 0
+    y[seen] = y[seen] * 2 if value is None else value
+    return y
+
+
+@pytest.mark.parametrize("value", [0.5, None])
+@pytest.mark.parametrize("of", ["tokens", "values"])
+@pytest.mark.parametrize("mesh", [2, {"batch": 2, "ring": 2}], ids=mesh_name)
+def test_a_mask_of_several_dimensions_as_an_index(mesh: Mesh, of: str, value: float | None) -> None:
+    model = randomise(Transformer(middle=partial(written_where, of=of, value=value)))
+    sharded = assert_sharded(model, [image_tokens()], mesh)
+    if value is not None:  # what is written does not depend on other positions, so that nothing is gathered for it
+        assert sharded.collectives["all_gather_into_tensor"] == len(mesh_sizes(mesh))
+
+
+@pytest.mark.parametrize(
+    "born",
+    [
+        lambda x: x.new_zeros(x.shape),
+        lambda x: x.new_ones(x.shape),
+        lambda x: x.new_full(x.shape, 0.5),
+        lambda x: x.new_empty(x.shape).copy_(x),
+        lambda x: torch.cat([x, x.new_zeros(x.shape[0], 3, x.shape[2])], 1)[:, : x.shape[1]],
+    ],
+    ids=["zeros", "ones", "full", "empty", "behind"],
+)
+def test_what_is_born_in_the_shape_of_another_gathers_nothing(born: Callable[[Tensor], Tensor]) -> None:
+    sharded = assert_sharded(randomise(Transformer(middle=lambda x: x * 2 + born(x))), [image_tokens()])
+    assert sharded.collectives["all_gather_into_tensor"] == 1
+    assert sharded.share == 0.5
+
+
+NEEDS_POSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "convolution": lambda x: F.conv1d(x.transpose(1, 2), torch.eye(WIDTH)[:, :, None] * 2).transpose(1, 2),
+    "FFT": lambda x: torch.fft.ifft(torch.fft.fft(x) * 2).real,
+    "several results": lambda x: torch.cat(torch.fft.fft(x).real.sin().chunk(2, -1)[::-1], -1),
+}
+
+
+@pytest.mark.parametrize("mesh", [4, {"ring": 4}, {"ring": 2, "ulysses": 2}], ids=mesh_name)
+@pytest.mark.parametrize("name", NEEDS_POSITIONS)
+def test_a_rank_without_positions_runs_nothing_on_them(name: str, mesh: Mesh) -> None:
+    model = Transformer(middle=NEEDS_POSITIONS[name])
+    assert_sharded(randomise(model), [draw(BATCH, 3, 10)], mesh)

@@ -28,8 +28,10 @@ from small_models import (
     targets,
 )
 from torch import Tensor, fx, nn
+from torch._C._functorch import get_dynamic_layer_stack_depth
 from torch._functorch._aot_autograd.frontend_utils import _try_get_metadata_from_dynamo
 from torch._ops import OpOverload
+from torch.utils.checkpoint import checkpoint
 
 from paracompile.errors import GraphError
 from paracompile.mesh import Ranks
@@ -238,7 +240,19 @@ def index_put(x: Tensor) -> Tensor:
     return y
 
 
+def fill_diagonal_of_a_part(x: Tensor) -> Tensor:
+    """The mask of perturbed attention guidance: some tokens see themselves only."""
+    mask = torch.zeros(6, 6)
+    mask[:4, :4] = float("-inf")
+    mask[:4, :4].fill_diagonal_(0)
+    return x + mask.softmax(-1) @ x
+
+
 IN_PLACE: dict[str, Model] = {
+    "fill_diagonal_ of a part": fill_diagonal_of_a_part,
+    "fill_diagonal_ of a wide matrix": lambda x: (x[:, 0] * 2).fill_diagonal_(3.0),
+    "fill_diagonal_ of three dimensions": lambda x: (x[:, :2, :2] * 2).fill_diagonal_(fill_value=3.0),
+    "fill_diagonal_ of a tall matrix": lambda x: (x[0] * 2).fill_diagonal_(3.0),
     "setitem of every second": rotate,
     "masked_fill_": fill_where_negative,
     "chain": chain,
@@ -337,6 +351,74 @@ def test_a_mutated_buffer_is_written_back() -> None:
     model, eager = Counting(), Counting()
     close(capture(model, [draw(3, 4)], Seen()), eager(draw(3, 4)), 0.0)
     close(model.calls, eager.calls, 0.0)
+
+
+# Functions around functions
+
+
+class Checkpointed(nn.Module):
+    """Blocks of which nothing is kept for a backward pass, one of them under autocast."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.use_reentrant)
+        with torch.autocast("cpu", torch.bfloat16):
+            return checkpoint(self.blocks[0].mlp, x, use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_is_checkpointed_is_part_of_the_graph(use_reentrant: bool) -> None:
+    model = randomise(Checkpointed(use_reentrant))
+    graph = assert_same(model, image_tokens(WIDTH)).graph
+    assert count(graph)["scaled_dot_product_attention.default"] == 3
+    assert shard(model, [image_tokens(WIDTH)]).whole_operations() == []
+
+
+def scaled_in_place(x: Tensor) -> Tensor:
+    y = x * 2
+    y[..., 1:] += x.sum()
+    return y
+
+
+MAPPED: dict[str, Model] = {
+    "rows": lambda x: torch.vmap(lambda row: row * row.sum())(x),
+    "rows of rows": lambda x: torch.vmap(torch.vmap(lambda row: row / (1 + row.square().sum())))(x),
+    "another dimension": lambda x: torch.vmap(lambda part: part.softmax(0), in_dims=2, out_dims=1)(x),
+    "with one for all": lambda x: torch.vmap(lambda a, b: a @ b.T, in_dims=(0, None))(x, x[0]),
+    "with a constant": lambda x: torch.vmap(lambda part: part + torch.tensor([1.0, 2.0, 3.0, 4.0]))(x),
+    "several results": lambda x: torch.vmap(lambda part: (part.amax(0), part.mean()))(x),
+    "written in place": lambda x: torch.vmap(scaled_in_place)(x),
+    "twice": lambda x: torch.vmap(torch.sin)(torch.vmap(torch.cos)(x) + x) + x,
+}
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_what_vmap_maps_becomes_operators_on_whole_batches(name: str) -> None:
+    seen, x = Seen(), draw(2, 6, 4)
+    close(capture(MAPPED[name], [x], seen), MAPPED[name](x))
+    assert all(isinstance(node.target, OpOverload) for node in seen.graph.graph.nodes if node.op == "call_function")
+
+
+def test_equal_blocks_that_map_are_sharded() -> None:
+    model = Transformer(3, middle=lambda x: torch.vmap(lambda row: row * row.square().mean())(x))
+    assert_sharded(randomise(model), [image_tokens()])
+
+
+def test_a_region_that_cannot_be_traced_leaves_no_level_behind() -> None:
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Model:
+        (sine,) = gm.graph.find_nodes(op="call_function", target=torch.sin)
+        sine.target = torch.linalg.cholesky  # of what is no matrix
+        return normalise(gm, example_inputs).forward
+
+    with pytest.raises(RuntimeError, match="at least 2 dimensions"):
+        capture(lambda x: torch.vmap(torch.sin)(x), [draw(2, 6)], backend)
+    assert get_dynamic_layer_stack_depth() == 0
 
 
 # What does nothing is dropped

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from random_tensors import draw
-from small_models import WIDTH, Mesh, assert_sharded, heads, image_tokens, mesh_name
+from small_models import IMAGE, WIDTH, Mesh, assert_sharded, heads, image_tokens, mesh_name
 from small_models import merge as merge_heads
 from torch import Tensor
 
@@ -173,8 +173,34 @@ def test_the_reference_keeps_the_precision_of_double() -> None:
     doubles = [part.double() for part in (query, key, value)]
     result, lse = reference(*doubles, mask, None, 0.3)
     expected, _ = exact(*doubles, mask, None, 0.3)
-    assert (result.dtype, lse.dtype) == (torch.float64, torch.float32)
+    assert (result.dtype, lse.dtype) == (torch.float64, torch.float64)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_double_keeps_its_precision_around_a_ring(masked: bool) -> None:
+    weight = draw(3 * WIDTH, WIDTH).double() * WIDTH**-0.5
+    mask = sees(IMAGE, IMAGE) if masked else None
+
+    def model(x: Tensor, weight: Tensor) -> Tensor:
+        q, k, v = (heads(part) for part in torch.nn.functional.linear(x, weight).chunk(3, dim=-1))
+        return merge_heads(torch.nn.functional.scaled_dot_product_attention(q, k, v, mask))
+
+    assert_sharded(model, [image_tokens(WIDTH).double(), weight], {"ring": 3}, tolerance=1e-14)
+
+
+@pytest.mark.parametrize("mesh", [{"ring": 2}, {"ring": 2, "ulysses": 2}, {"ulysses": 2}], ids=mesh_name)
+def test_autocast_takes_queries_and_keys_to_the_type_of_the_values(mesh: Mesh) -> None:
+    """Norms and rotations leave queries and keys in float32, and the values come from a linear."""
+    weight = draw(3 * WIDTH, WIDTH) * WIDTH**-0.5
+
+    def model(x: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            q, k, v = (heads(part) for part in torch.nn.functional.linear(x, weight).chunk(3, dim=-1))
+            return merge_heads(torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v))
+
+    sharded = assert_sharded(model, [image_tokens(WIDTH), weight], mesh, tolerance=1e-2)
+    assert sharded.result.dtype is torch.bfloat16
 
 
 HALF = ("plain", "many keys", "grouped", "smaller values", "boolean", "additive", "no keys", "boolean, hides all")

@@ -118,8 +118,8 @@ sample(
     *(aten.feature_alpha_dropout.default,),
 )
 sample(lambda s: call(r(2, s, 6), p=0.0, train=True), aten.dropout.default)
-sample(lambda s: call(r(2, s, 6), [2, s, 8]), aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default)
-sample(lambda s: call(r(2, s), [s, 6], 1.5), aten.new_full.default)
+sample(lambda s: call([2, s, 8]), aten.zeros.default, aten.ones.default, aten.empty.memory_format)
+sample(lambda s: call([s, 6], 1.5), aten.full.default)
 sample(lambda s: call(r(2, s, 6), r(2, s, 6, dtype=torch.float64)), aten.type_as.default)
 sample(lambda s: call(r(2, s, 6), r(s, 8, dtype=torch.float64)), aten.type_as.default)
 sample(lambda s: call(r(2, s, 6, 8), r(s)), aten.prelu.default)
@@ -346,6 +346,13 @@ sample(lambda s: call(r(12, 6), [ints(12, 2, s)]), aten.index.Tensor)
 sample(lambda s: call(r(2, 12, 14, 6), [None, ints(12, 8, 1), ints(14, s)]), aten.index.Tensor)
 sample(lambda s: call(r(12, 2, 14, 6), [ints(12, s), None, ints(14, s)]), aten.index.Tensor)
 sample(lambda s: call(r(8, 6), [torch.arange(8) < 6]), aten.index.Tensor)
+sample(lambda s: call(r(2, s, 6), [bools(2, s)]), aten.index.Tensor)
+sample(lambda s: call(r(2, s, 6, 4), [None, bools(s, 6)]), aten.index.Tensor)
+sample(lambda s: call(r(2, s, 6), [bools(2, s)], r()), aten.index_put.default)
+sample(lambda s: call(r(2, s, 6), [bools(2, s)], r(6)), aten.index_put.default)
+sample(lambda s: call(r(2, s, 6), [None, bools(s, 6)], r(2, 1)), aten.index_put.default)
+sample(lambda s: call(r(2, s, 6), [bools(2, s), ints(6, int(bools(2, s).sum()))], r()), aten.index_put.default)
+sample(lambda s: call(r(2, s, 6), [None, bools(s)], r(6)), aten.index_put.default)
 sample(lambda s: call(r(2, 12, 6), [None, ROWS[:s]], r(s, 6)), aten.index_put.default)
 sample(lambda s: call(r(2, 12, 6), [None, ROWS[:s]], r(2, s, 6), True), aten.index_put.default)
 
@@ -448,8 +455,7 @@ sample(lambda s: call(r(2, s, 6), r(2, 12, 6), r(2, 12, 8), bools(s, 12)), ATTEN
 UNREAD = "an operand gives only its dtype, so that cutting it or not is the same; one way is listed"
 EXACT = "the scale happens to divide; in general neighbours reach over a cut"
 ACCEPTED: dict[Any, str] = {
-    **dict.fromkeys([aten.type_as.default, aten.new_full.default], UNREAD),
-    **dict.fromkeys([aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default], UNREAD),
+    aten.type_as.default: UNREAD,
     **dict.fromkeys([aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec], EXACT),
     aten.im2col.default: "rows of patches that do not overlap",
     **dict.fromkeys([aten.upsample_nearest3d.vec, aten._upsample_nearest_exact2d.vec], EXACT),

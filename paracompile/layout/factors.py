@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch._ops import OpOverload
 
 Shape = tuple[int, ...]
@@ -58,12 +59,14 @@ class Op:
         arguments: every argument by its name in the schema, defaults filled in; tensors stand as `Operand`.
         operands: shapes of the tensors among the arguments, in the schema's order (lists are flattened).
         results: shapes of the tensors that come out.
+        dtypes: of the operands; a mask used as an index looks up otherwise than integers.
     """
 
     target: OpOverload[..., Any]
     arguments: dict[str, Any]
     operands: tuple[Shape, ...]
     results: tuple[Shape, ...]
+    dtypes: tuple[torch.dtype, ...]
 
     def shape(self, name: str) -> Shape:
         """The shape of the tensor argument `name`."""

@@ -6,13 +6,13 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch._ops import OpOverload
 
-from paracompile.errors import GraphError
 from paracompile.layout.factors import Factor, Op, Operand, Rule, Shape
 
 
@@ -44,8 +44,11 @@ class Operation:
 
     @cached_property
     def factors(self) -> Sequence[Factor]:
-        """The factors that may be cut; none where nothing is known of the operator."""
-        return self.rule.factors(self.op) if self.rule is not None and self.op is not None else ()
+        """The factors that may be cut; none where nothing is known of the operator, or only data tells a size."""
+        if self.rule is None or self.op is None:
+            return ()
+        sizes = chain.from_iterable(self.op.operands + self.op.results)
+        return self.rule.factors(self.op) if all(isinstance(size, int) for size in sizes) else ()
 
 
 def tensor_of(value: Value) -> torch.Tensor:
@@ -100,20 +103,6 @@ def is_static(node: fx.Node) -> bool:
     return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
 
 
-def check_static(graph: fx.Graph, example_inputs: Sequence[Any]) -> None:
-    """Raises a GraphError where a parameter is not static: by another torch it may be called otherwise.
-
-    Such a weight would be sent to all ranks at each call, and nothing would tell.
-    """
-    for node, value in zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True):
-        if isinstance(value, nn.Parameter) and not is_static(node):
-            raise GraphError(
-                node,
-                f"it is a parameter, and torch {torch.__version__} does not say so as paracompile reads it",
-                "use a version of torch that paracompile was tested with, and report this",
-            )
-
-
 def operations(graph: fx.Graph, rule_for: Callable[[OpOverload[..., Any]], Rule | None]) -> list[Operation]:
     """Every node that computes tensors, in the graph's order."""
     return [
@@ -139,7 +128,8 @@ def _operation(node: fx.Node, rule_for: Callable[[OpOverload[..., Any]], Rule | 
         return argument
 
     arguments = {name: stand_in(argument) for name, argument in named_arguments(node).items()}
-    op = Op(node.target, arguments, tuple(map(shape_of, found)), tuple(map(shape_of, results)))
+    dtypes = tuple(tensor_of(value).dtype for value in found)
+    op = Op(node.target, arguments, tuple(map(shape_of, found)), tuple(map(shape_of, results)), dtypes)
     return Operation(node, op, rule_for(node.target) if results else None, tuple(found), results)
 
 

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 def attention_with_lse(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of (*batch, heads, queries, size) and its LSE in float32, (*batch, heads, queries).
+    """Attention of (*batch, heads, queries, size) and its LSE in `precise`, (*batch, heads, queries).
 
     The batches of query, key and value broadcast; the result has theirs.
 
@@ -40,7 +40,7 @@ def attention_with_lse(
     shape = _result_shape(query, key, value)
     *batch, heads, queries, _ = shape
     if key.shape[-2] == 0 or math.prod(shape) == 0:
-        return query.new_zeros(shape), query.new_full(shape[:-1], -math.inf, dtype=torch.float32)
+        return query.new_zeros(shape), query.new_full(shape[:-1], -math.inf, dtype=precise(query.dtype))
     if key.shape[-3] != heads:
         key, value = (part.repeat_interleave(heads // part.shape[-3], dim=-3) for part in (key, value))
     # Flattened apart, batches that differ would be taken for each other's.
@@ -63,7 +63,12 @@ def _(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     shape = _result_shape(query, key, value)
-    return query.new_empty(shape), query.new_empty(shape[:-1], dtype=torch.float32)
+    return query.new_empty(shape), query.new_empty(shape[:-1], dtype=precise(query.dtype))
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """The type in which attention of this type is summed up and merged."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _result_shape(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
@@ -74,8 +79,8 @@ def _result_shape(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
 def reference(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The definition, in float32 (float64 for double inputs)."""
-    kind = torch.float64 if query.dtype is torch.float64 else torch.float32
+    """The definition, in `precise`."""
+    kind = precise(query.dtype)
     scores = query.to(kind) @ key.to(kind).transpose(-2, -1) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
@@ -83,7 +88,7 @@ def reference(
         scores = scores - offset
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1)).exp().masked_fill((lse == -math.inf).unsqueeze(-1), 0.0)
-    return (weights @ value.to(kind)).to(query.dtype), lse.float()
+    return (weights @ value.to(kind)).to(query.dtype), lse
 
 
 def _cpu(
@@ -93,7 +98,7 @@ def _cpu(
         return reference(query, key, value, mask, offset, scale)
     result, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
     # The kernel's LSE is (batch, heads, queries) in meaning, whatever its strides.
-    return result, lse.float()
+    return result, lse.to(precise(query.dtype))
 
 
 def _cuda(

@@ -1,8 +1,8 @@
 """Ring attention: keys and values travel around a ring of ranks while each attends to the part that it holds.
 
 After Liu et al., Ring Attention (2023). The exchange of the next keys and values is written before the attention on
-the present ones. Partial results are merged by their log-sum-exp in float32. As in `collectives`, functions take
-`call(operator, *arguments)`, which runs the operator or writes it into a graph.
+the present ones. Partial results are merged by their log-sum-exp in float32 (float64 for double). As in `collectives`,
+functions take `call(operator, *arguments)`, which runs the operator or writes it into a graph.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-import paracompile.runtime.kernels  # noqa: F401  (registers attention_with_lse)
 from paracompile.runtime.collectives import Call, all_to_all
+from paracompile.runtime.kernels import precise
 
 aten = torch.ops.aten
 
@@ -74,13 +74,13 @@ def ring_attention(
         attended = call(torch.ops.paracompile.attention_with_lse.default, query, key, value, part, offset, scale)
         present, present_lse = (call(operator.getitem, attended, index) for index in (0, 1))
         result, lse = (
-            (call(aten._to_copy.default, present, dtype=torch.float32), present_lse)
+            (call(aten._to_copy.default, present, dtype=precise(dtype)), present_lse)
             if result is None
             else merge(call, result, lse, present, present_lse)
         )
         if following is not None:
             key, value = following
-    return result if dtype is torch.float32 else call(aten._to_copy.default, result, dtype=dtype)
+    return result if dtype is precise(dtype) else call(aten._to_copy.default, result, dtype=dtype)
 
 
 def merge(call: Call, first: Any, first_lse: Any, second: Any, second_lse: Any) -> tuple[Any, Any]:

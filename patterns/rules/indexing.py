@@ -1,7 +1,6 @@
 """Look-ups: the positions of an index tensor are independent, the dimension that is looked up is not.
 
-A rule sees no dtypes. Masks used as an index have results whose size depends on their values; where such a result's
-shape is not what an integer index would give, the index's own positions are not listed.
+A mask (booleans) looks up as many dimensions as it has, and gives one whose size only its values tell.
 """
 
 from __future__ import annotations
@@ -78,19 +77,36 @@ def _index_add(op: Op) -> list[Factor]:
 
 def _indexed(op: Op) -> tuple[list[Label], list[Label], list[Labels]] | None:
     """Labels of self, of `self[indices]`, and of each index tensor."""
-    indices: list[Operand | None] = op.arguments["indices"]
     rank = len(op.operands[0])
-    places = [dim for dim, index in enumerate(indices) if index is not None]
+    places: list[int] = []
+    index_labels: list[Labels] = []
+    found: list[Label] = []
+    dim = 0
+    for index in op.arguments["indices"]:
+        if index is None:
+            dim += 1
+            continue
+        shape = op.operands[index.index]
+        is_mask = _is_mask(op, index.index)
+        looked_up = len(shape) if is_mask else 1
+        places += range(dim, dim + looked_up)
+        dim += looked_up
+        index_labels.append([None] * looked_up if is_mask else [("i", axis) for axis in range(-len(shape), 0)])
+        found = max(found, [None] if is_mask else [*index_labels[-1]], key=len)
     if not places or places[-1] >= rank:
         return None
+    if any(_is_mask(op, operand) for operand in range(1, 1 + len(index_labels))):
+        found[-1] = None  # positions of other indices beside a mask's go with those that it finds
+        index_labels = [[None if label == ("i", -1) else label for label in labels] for labels in index_labels]
     labels: list[Label] = [None if dim in places else dim for dim in range(rank)]
-    shapes = [op.operands[index.index] for index in indices if index is not None]
-    index_labels: list[Labels] = [[("i", axis) for axis in range(-len(shape), 0)] for shape in shapes]
-    found = max(index_labels, key=len)
     rest = [label for label in labels if label is not None]
     # NumPy's rule: neighbouring indices stay where they are, others come to the front.
     first = places[0] if places == list(range(places[0], places[-1] + 1)) else 0
     return labels, [*rest[:first], *found, *rest[first:]], index_labels
+
+
+def _is_mask(op: Op, operand: int) -> bool:
+    return op.dtypes[operand] is torch.bool
 
 
 def _index(op: Op) -> list[Factor]:
@@ -98,17 +114,7 @@ def _index(op: Op) -> list[Factor]:
     if labelled is None:
         return []
     labels, result, indices = labelled
-    if len(result) != len(op.results[0]):
-        return []  # a mask of several dimensions
-    for place, size in enumerate(op.results[0]):
-        label = result[place]
-        if isinstance(label, tuple) and size not in {1, *(_size(shape, label[1]) for shape in op.operands[1:])}:
-            result[place] = None  # a mask of one dimension
     return factors_of(op, [labels, *indices], [result])
-
-
-def _size(shape: Shape, dim: int) -> int:
-    return shape[dim] if len(shape) >= -dim else 1
 
 
 def _index_put(op: Op) -> list[Factor]:
@@ -119,8 +125,12 @@ def _index_put(op: Op) -> list[Factor]:
     values = op.shape("values")
     if len(values) > len(found):
         return []
-    operands: list[Labels] = [labels, *[[None] * len(index) for index in indices], found[len(found) - len(values) :]]
-    return factors_of(op, operands, [labels])
+    written = found[len(found) - len(values) :]
+    one_for_all = all(size == 1 for size, label in zip(values, written, strict=True) if label is None)
+    if one_for_all and len(indices) == 1 and _is_mask(op, 1):  # what each position gets does not depend on the others
+        indices = [[("i", dim) for dim, label in enumerate(labels) if label is None]]
+        labels = [("i", dim) if label is None else label for dim, label in enumerate(labels)]
+    return factors_of(op, [labels, *indices, written], [labels])
 
 
 RULES: Table = {

@@ -51,7 +51,7 @@ def _prelu(op: Op) -> list[Factor]:
 
 
 def _born(op: Op) -> list[Factor]:
-    """`new_zeros` and its kind: the result's dimensions come from nothing."""
+    """`zeros` and its kind: the result's dimensions come from nothing."""
     return factors_of(op, [], map(aligned, op.results))
 
 
@@ -168,7 +168,7 @@ RULES: Table = {
         Rule(_dropout),
     ),
     **dict.fromkeys(
-        [aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default, aten.new_full.default],
+        [aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.full.default],
         Rule(_born, _born_size),
     ),
     aten.type_as.default: Rule(_type_as),

@@ -127,6 +127,37 @@ def test_four_ranks_that_draw_other_noise_give_rank_0_s_result(four_ranks: Pool)
         assert torch.equal(output, results[0][0])
 
 
+DTYPES = [
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float64, torch.complex64),
+]
+
+
+class InEveryType(Small):
+    """Its output in every type; each is gathered in its own."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        y = super().forward(x).abs()
+        return [y.to(dtype) for dtype in DTYPES]
+
+
+def in_every_type(rank: int, compiler: str) -> list[Tensor]:
+    with torch.no_grad():
+        found = compiled(randomise(InEveryType()), compiler=compiler)(tokens(length=21))
+    assert [each.dtype for each in found] == DTYPES
+    return [each.to(torch.complex128) for each in found]
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_outputs_of_every_type_are_gathered(compiler: str, two_ranks: Pool) -> None:
+    with torch.no_grad():
+        expected = [each.to(torch.complex128) for each in randomise(InEveryType())(tokens(length=21))]
+    for found in two_ranks.run(in_every_type, compiler):
+        for output, right in zip(found, expected, strict=True):
+            assert output.shape == right.shape
+            assert (output - right).abs().max() <= 0.26 * right.abs().max()  # one step of float8_e5m2
+
+
 class SeenAgain(Small):
     """Writes to one input, and hands back another, a view of it, and one that it has written a part of."""
 
