@@ -5,7 +5,7 @@ a collective that nobody completes. The store needs nobody else, so every wait h
 
 Before a call there is only one question, whether all ranks make it, and `Agreement.meet` mostly answers it in two
 trips to the store: each rank adds one to a count, and reads it until it is full. Where that takes longer, the count is
-closed (by one more addition, so that either all ranks go by it or none) and the ranks exchange what they are about, as
+closed (by one rank, so that either all go by it or none) and the ranks exchange what they are about, as
 they do while compiling; so it does not matter which of them calls and which compiles.
 
 One exchange, on each rank:
@@ -195,12 +195,19 @@ class Agreement:
         pause = _SHORTEST_PAUSE
         while come < everyone:
             if time.monotonic() > deadline:
-                come = store.add(key, _CLOSED) - _CLOSED
-                break
+                return self._close(store, key)
             time.sleep(pause)
             pause = min(2 * pause, _FIRST_PAUSE)
             come = store.add(key, 0)
-        return come == everyone
+        return come == everyone or _was_full(store, key)
+
+    def _close(self, store: Store, key: str) -> bool:
+        """Closes a count; one rank alone does, or another would find what has been counted since."""
+        if store.add(f"{key}/closing", 1) > 1:
+            return _was_full(store, key)
+        full = store.add(key, _CLOSED) - _CLOSED == len(self.ranks)
+        store.set(f"{key}/full", str(full))
+        return full
 
     def _forget_old_count(self, store: Store, key: str, *, delete: bool) -> None:
         counts = _Session.of(self.ranks).counts
@@ -228,6 +235,12 @@ class Agreement:
                 self.exchange(name, facts={}, error=f"{type(failure).__name__}: {failure}")
             raise
         self.exchange(name, facts=facts)
+
+
+def _was_full(store: Store, key: str) -> bool:
+    """Whether a count was full when it was closed, as the rank that closed it says."""
+    answer: bytes = store.get(f"{key}/full")
+    return answer == b"True"
 
 
 class _Exchange:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -166,3 +169,27 @@ def test_the_pool_tells_a_rank_s_failure_and_recovers(two_ranks: Pool) -> None:
     with pytest.raises(PoolError, match=r"(?s)boom.*rank 1: .*ValueError: only here"):
         two_ranks.run(boom)
     assert not set(two_ranks.run(pid)) & set(before)
+
+
+def test_of_ranks_that_give_up_on_a_full_count_all_go_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of three comes between the others' last look at the count and their closing it."""
+    store = dist.HashStore()
+    agreement = Agreement(range(3), timeout=10)
+    monkeypatch.setattr(Agreement, "_forget_old_count", lambda *_, **__: None)
+    looked, came = threading.Barrier(3), threading.Barrier(3)
+    asked = threading.local()
+
+    def clock() -> float:
+        asked.times = getattr(asked, "times", 0) + 1
+        if asked.times > 1:  # not the beginning, which says how long to wait
+            looked.wait(10)
+            came.wait(10)
+        return 1e9 * asked.times
+
+    monkeypatch.setattr("paracompile.runtime.agreement.time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(agreement._count, store, "a call") for _ in range(2)]
+        looked.wait(10)
+        last = agreement._count(store, "a call")
+        came.wait(10)
+        assert [each.result(10) for each in waiting] == [last, last] == [True, True]
