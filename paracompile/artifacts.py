@@ -1,7 +1,7 @@
 """What was compiled, in a file: for other machines of the same kind, which then compile nothing.
 
-    paracompile.save_compiled("flux.compiled")      # after a first call, on each rank
-    paracompile.load_compiled("flux.compiled")      # before the first call, on as many ranks
+    paracompile.save_compiled("model.compiled")     # after a first call, on each rank
+    paracompile.load_compiled("model.compiled")     # before the first call, on as many ranks
 
 It holds what Inductor's caches hold (`torch.compiler.save_cache_artifacts`), and who it is for. Code that does not fit
 is never run: Inductor's caches are keyed by the graph, the settings and the version. What does not fit is refused all

@@ -425,6 +425,25 @@ def test_tokens_of_all_segments_on_a_rank(segments: tuple[int, ...], expected: l
     ]
 
 
+def test_a_value_that_two_axes_cut() -> None:
+    """Rows outside of tokens in one merged dimension, and the other way round; never both in one place."""
+    shape = (3 * 10, 7)
+    rows = Sharding(Place(0, 3, inner=10), (3,), Shares(2, 3))
+    tokens = Sharding(Place(0, 10, outer=3), (4, 6), Shares(2, 6))
+    assert rows.apart(tokens)
+    assert tokens.apart(rows)
+    for rank, local in ((0, 2), (1, 1)):
+        here = rows.local_shape(shape, rank)
+        assert here == (local * 10, 7)
+        assert tokens.beside(rows, rank).place == Place(0, 10, outer=local)
+        assert tokens.beside(rows, rank).local_shape(here, 0) == (local * 5, 7)
+        assert rows.beside(tokens, rank).place == Place(0, 3, inner=5)
+    assert not tokens.apart(Sharding(Place(0, 15, outer=2), (15,), Shares(2, 15)))
+    other = Sharding(Place(1, 7), (7,), Shares(2, 7))
+    assert tokens.apart(other)
+    assert tokens.beside(other, 0) == tokens
+
+
 def test_no_rank_gets_the_remainders_of_both_text_and_image() -> None:
     sharded = assert_sharded(randomise(Joint()), [draw(BATCH, 13, WIDTH), text_of(5)], 2)
     attention = one_attention(sharded.plan)

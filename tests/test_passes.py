@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -200,3 +203,17 @@ def test_a_real_graph_goes_through_the_list(mesh: Mesh, cuts: list[str]) -> None
     assert told == [*AROUND[0], *cuts, *AROUND[1]]
     axes = {axis.name: axis.size for axis in (ranks.batch, ranks.sequence) if axis.size > 1}
     assert {name: plan.shares.ranks for name, plan in found.plans.items()} == axes
+
+
+@pytest.mark.slow
+def test_the_example_that_dumps_the_passes(tmp_path: Path) -> None:
+    """`docs/how_it_works.md` is made from it."""
+    script = Path(__file__).parents[1] / "examples" / "dump_passes.py"
+    subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
+    files = sorted((tmp_path / "graph_0_0" / "rank_0").iterdir())
+    passes = pipeline(Ranks.simulated(ulysses=2), cache=CachePasses(), regions=True)
+    assert [file.stem[3:] for file in files] == ["captured", *names(passes)]
+    text = {file.stem[3:]: file.read_text() for file in files}
+    assert text["unified_attention"].count("paracompile.unified_attention.default(") == 3
+    assert "paracompile." not in text["lower"]
+    assert "all_to_all_single" in text["lower"]

@@ -37,8 +37,13 @@ def unshard(x: Tensor, axis: str, dim: int, segments: Sequence[int]) -> Tensor:
     return x.clone()
 
 
-@torch.library.custom_op("paracompile::unified_attention", mutates_args=())
-def unified_attention(
+@shard.register_fake
+@unshard.register_fake
+def _(x: Tensor, axis: str, dim: int, segments: Sequence[int]) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -52,31 +57,10 @@ def unified_attention(
     """`scaled_dot_product_attention`, of the same arguments."""
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    ).clone()
-
-
-@shard.register_fake
-@unshard.register_fake
-def _(x: Tensor, axis: str, dim: int, segments: Sequence[int]) -> Tensor:
-    return torch.empty_like(x)
-
-
-@unified_attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
 
+
+torch.library.custom_op("paracompile::unified_attention", _attention, mutates_args=()).register_fake(_attention)
 
 SHARD = torch.ops.paracompile.shard.default
 UNSHARD = torch.ops.paracompile.unshard.default
