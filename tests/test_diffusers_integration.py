@@ -282,6 +282,7 @@ def test_a_pipeline_that_is_called_in_a_step_of_another(case: Case, inner_steps:
 
 
 def test_pipelines_in_two_threads(case: Case) -> None:
+    alone(case, 3)  # or Dynamo compiles in each thread, and a call finds nothing stored of the other thread's graph
     first = fresh(case)
     second = copy.copy(first)
     second.scheduler = copy.deepcopy(first.scheduler)
