@@ -1,4 +1,4 @@
-"""Writes what one rank does: its shapes, its windows, its exchanges. The only pass that knows a rank.
+"""Writes what one rank does: its shapes, its windows, its exchanges. No pass before it knows which rank this is.
 
     before, the same on every rank                        after, on rank r of 2
     x_part = shard(x, "sequence", 1, [4096])              x_part = x[:, 2048 r : 2048 (r + 1)]
