@@ -734,3 +734,29 @@ NEEDS_POSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_a_rank_without_positions_runs_nothing_on_them(name: str, mesh: Mesh) -> None:
     model = Transformer(middle=NEEDS_POSITIONS[name])
     assert_sharded(randomise(model), [draw(BATCH, 3, 10)], mesh)
+
+
+class Flattened(SelfAttention):
+    """Rows and tokens in one dimension, of which one axis cuts the outer and the other the inner part."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.middle = middle
+
+    def forward(self, x: Tensor, **how: Any) -> Tensor:
+        x = super().forward(x, **how)
+        flat = self.middle(self.to_q(x.reshape(-1, x.shape[2])))
+        return super().forward(flat.reshape(x.shape), **how)
+
+
+@pytest.mark.parametrize(
+    "middle, gathers", [(torch.sin, 2), (lambda flat: flat.roll(1, 0).sin(), 4)], ids=["sin", "roll"]
+)
+@pytest.mark.parametrize("batch, tokens", [(2, 48), (3, 13)])
+@pytest.mark.parametrize("mesh", TWO_AXES[1:], ids=mesh_name)
+def test_rows_and_tokens_in_one_dimension(
+    mesh: Mesh, batch: int, tokens: int, middle: Callable[[Tensor], Tensor], gathers: int
+) -> None:
+    """What mixes them is given both whole, gathered along one axis and then along the other."""
+    sharded = assert_sharded(randomise(Flattened(middle)), [draw(batch, tokens, WIDTH)], mesh)
+    assert sharded.collectives["all_gather_into_tensor"] == gathers
