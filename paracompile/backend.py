@@ -35,7 +35,7 @@ from paracompile.warm_up import warm_up
 
 Callback = Callable[..., Any]
 
-diffusers.listen()  # torch.compile imports this module, so a pipeline's first step is heard already
+diffusers.listen()  # torch.compile imports this module, so a pipeline's first step is heard
 warm_up()
 
 
@@ -60,7 +60,6 @@ def paracompile(
         ranks = Ranks.from_mesh(chosen.mesh)
         facts["options"] = chosen.fingerprint()
         note_compiled(Compiled.of(captured.model, captured.weights, ranks))
-    diffusers.listen()  # it may have been imported since
     graph_compiled([value for value in example_inputs if isinstance(value, nn.Parameter)], caches=chosen.caches)
     optional = ranks.is_single and not chosen.caches
     dump = Dump(chosen.dump, captured.name, ranks.flat_rank)

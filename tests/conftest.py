@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, Dynamo forgets between tests, its structured log stays out of reports."""
+"""What holds for every test: one thread, Dynamo forgets between tests and finds torch's settings as they were."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._C._dynamo.guards import GlobalStateGuard
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # two threads of one core are slower than one
-    logging.getLogger("torch.__trace").propagate = False  # thousands of empty lines under every failure
+    # pytest gives every logger that does not propagate a handler, for which this one would write down each compile
+    logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +22,11 @@ def _forget_what_was_compiled() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _settings_are_left_as_they_were() -> Iterator[None]:
+    """Of torch: autocast, gradients, threads. A later test would fail at a guard of Dynamo, or pass by chance."""
+    before = GlobalStateGuard()
+    yield
+    assert before.check(), f"the test left another setting of torch behind: {before.reason()}"

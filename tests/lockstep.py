@@ -81,14 +81,19 @@ def _run(gm: fx.GraphModule, inputs: Sequence[Any]) -> Generator[Collective, Any
     raise AssertionError("a graph without an output")
 
 
-def _autocast_state() -> tuple[bool, torch.dtype]:
+_Autocast = tuple[bool, torch.dtype, bool]
+
+
+def _autocast_state() -> _Autocast:
     """Autocast belongs to the thread, which the ranks share: each takes its own along when it goes on."""
-    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
 
 
-def _set_autocast(state: tuple[bool, torch.dtype]) -> None:
-    torch.set_autocast_enabled("cpu", state[0])
-    torch.set_autocast_dtype("cpu", state[1])
+def _set_autocast(state: _Autocast) -> None:
+    enabled, dtype, caches = state
+    torch.set_autocast_enabled("cpu", enabled)
+    torch.set_autocast_dtype("cpu", dtype)
+    torch.set_autocast_cache_enabled(caches)
 
 
 def _groups(ranks: Sequence[Ranks], group: str) -> list[list[int]]:

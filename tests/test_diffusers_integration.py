@@ -349,13 +349,12 @@ def test_listening_twice_is_listening_once() -> None:
 
 
 LATE = """
-import sys, torch
+import sys
 import paracompile.backend
 assert "diffusers" not in sys.modules
-from diffusers import CacheMixin
-assert not hasattr(CacheMixin.cache_context, "_paracompile_listens")
-torch.compile(torch.nn.Linear(2, 2), backend="paracompile", options={"compiler": "eager"})(torch.ones(2))
-assert hasattr(CacheMixin.cache_context, "_paracompile_listens")
+from diffusers import CacheMixin, DiffusionPipeline, LoopSequentialPipelineBlocks
+for method in (CacheMixin.cache_context, DiffusionPipeline.progress_bar, LoopSequentialPipelineBlocks.progress_bar):
+    assert hasattr(method, "_paracompile_listens")
 """
 
 

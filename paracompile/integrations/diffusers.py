@@ -1,6 +1,7 @@
 """Listens to diffusers: which pass a pipeline is in, and when a generation begins and ends.
 
-Three methods of base classes are wrapped, once, when the backend is loaded; they do what they did, and
+Three methods of base classes are wrapped, once, as diffusers is loaded or when the backend is; they do what they did,
+and
 
 - `CacheMixin.cache_context(name)` also names the slot of the first block cache ("cond", "uncond");
 - `CacheMixin._reset_stateful_cache()`, which pipelines call at their end, also forgets the model's state;
@@ -15,7 +16,10 @@ import contextlib
 import functools
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -27,26 +31,44 @@ _MARK = "_paracompile_listens"
 
 
 def listen() -> None:
-    """Wraps what diffusers has loaded; does nothing without diffusers, or a second time."""
-    if "diffusers" not in sys.modules:
-        return
-    from diffusers import CacheMixin, DiffusionPipeline
-    from diffusers.modular_pipelines import modular_pipeline
-
-    _wrap(CacheMixin, "cache_context", _naming)
-    _wrap(CacheMixin, "_reset_stateful_cache", _forgetting)
-    _wrap(DiffusionPipeline, "progress_bar", _beginning)
-    for holder in vars(modular_pipeline).values():
-        if isinstance(holder, type) and "progress_bar" in vars(holder):
-            _wrap(holder, "progress_bar", _beginning)
+    """Wraps what diffusers has loaded, and what it loads from now on; does nothing a second time."""
+    for name in _WRAPPED:
+        if name in sys.modules:
+            _wrap(sys.modules[name])
+    if not any(isinstance(finder, _Listener) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Listener())
 
 
-def _wrap(holder: type, name: str, wrapper: Any) -> None:
-    original = vars(holder)[name]
-    if not hasattr(original, _MARK):
-        wrapped = functools.wraps(original)(wrapper(original))
-        setattr(wrapped, _MARK, True)
-        setattr(holder, name, wrapped)
+class _Listener(MetaPathFinder):
+    """Sees to it that modules are wrapped as soon as they are loaded: a first call within `cache_context` is too late
+    to wrap it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in _WRAPPED else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _wrap(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _wrap(module: ModuleType) -> None:
+    """Wraps the methods of the classes that a module defines."""
+    wrappers = _WRAPPED[module.__name__]
+    for holder in [each for each in vars(module).values() if isinstance(each, type)]:
+        for name in wrappers.keys() & vars(holder).keys():
+            original = vars(holder)[name]
+            if holder.__module__ == module.__name__ and not hasattr(original, _MARK):
+                wrapped = functools.wraps(original)(wrappers[name](original))
+                setattr(wrapped, _MARK, True)
+                setattr(holder, name, wrapped)
 
 
 def _naming(original: Any) -> Any:
@@ -105,3 +127,11 @@ def _forget(owner: Any) -> None:
     for model in models:
         for cache in caches_of(model.parameters(), make=False):
             cache.forget(generation)
+
+
+_WRAPPED: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "diffusers.models.cache_utils": {"cache_context": _naming, "_reset_stateful_cache": _forgetting},
+    "diffusers.pipelines.pipeline_utils": {"progress_bar": _beginning},
+    "diffusers.modular_pipelines.modular_pipeline": {"progress_bar": _beginning},
+}
+"""By module, what wraps the methods of its classes."""
