@@ -26,7 +26,7 @@ from paracompile.passes import CachePasses, CacheRules, Found, local_lengths, pi
 from paracompile.passes.attention_on_shards import Lengths
 from paracompile.recompiles import make_room
 from paracompile.report.dump import Dump
-from paracompile.report.report import NO_BLOCKS, Report, report_of
+from paracompile.report.report import NO_BLOCKS, Report, in_pieces, report_of
 from paracompile.runtime.agreement import Agreement
 from paracompile.runtime.cached_call import graph_compiled
 from paracompile.seen_again import seen_again
@@ -67,12 +67,17 @@ def paracompile(
     if optional and not _may_gain(captured, chosen):
         return _whole(captured, chosen)
 
+    found = Found(why_a_piece=captured.why_a_piece)
+    if found.why_a_piece is not None and not optional:
+        warnings.warn(in_pieces(found.why_a_piece), stacklevel=2)
+    if found.why_a_piece is not None and not ranks.is_single and not captured.has_attention():
+        return _whole_on_every_rank(captured, chosen, ranks, found, agreement)
+
     lengths = None if chosen.shard_inputs else _lengths(gm, ranks, agreement)
     with agreement.stage("plan") as facts:
         captured.check_gradients()
         captured.check_static()
         threshold = _threshold(captured, chosen)
-        found = Found()
         try:
             local, report = _rewritten(captured, chosen, ranks, lengths, found, facts, dump)
         except Exception as error:
@@ -87,7 +92,7 @@ def paracompile(
         program, compilation = compile_regions(local, chosen, {} if ranks.is_single else inductor_settings())
         compiled = verified(program, captured) if chosen.verify else program
     make_room()
-    if chosen.caches and found.cache is None:
+    if chosen.caches and found.cache is None and found.why_a_piece is None:
         warnings.warn(NO_BLOCKS, stacklevel=2)
     if chosen.report is not None and report is not None:
         chosen.report(replace(report, compilation=compilation))
@@ -106,14 +111,29 @@ def _may_gain(captured: Captured, options: Options) -> bool:
     return gains and captured.may_be_constant()
 
 
-def _whole(captured: Captured, options: Options) -> Callback:
+def _whole(captured: Captured, options: Options, why_a_piece: str | None = None) -> Callback:
     """A graph of which nothing is changed."""
     compiled = compile_whole(captured.gm, captured.example_inputs, options, {})
     if options.verify:
         compiled = verified(compiled, captured)
     if options.report is not None:
-        options.report(Report(ranks=1))
+        options.report(Report(ranks=1, why_a_piece=why_a_piece))
     return compiled
+
+
+def _whole_on_every_rank(
+    captured: Captured, options: Options, ranks: Ranks, found: Found, agreement: Agreement
+) -> Callback:
+    """A piece of a model that leaves nothing to share: sizes may stay symbols in it."""
+    with agreement.stage("plan") as facts:
+        captured.check_static()
+        if options.shard_inputs:
+            facts["graph"] = comparable(captured.gm.print_readable(print_output=False))
+    with agreement.stage("compile"):
+        compiled = _whole(captured, options, why_a_piece=found.why_a_piece)
+    make_room()
+    run = as_called(compiled, captured, options, ranks, found, threshold=0.0)
+    return as_called_by_all(run, captured, options, ranks, agreement)
 
 
 def _rewritten(

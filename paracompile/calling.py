@@ -21,6 +21,7 @@ from paracompile.passes import CacheLayout, Found
 from paracompile.runtime.agreement import Agreement
 from paracompile.runtime.cached_call import CachedCall, StateLike
 from paracompile.runtime.inputs import InputAgreement
+from paracompile.runtime.pieces import handing_on
 from paracompile.runtime.shared_call import SharedCall
 from paracompile.runtime.slots import CallSigns
 from paracompile.runtime.verified_call import VerifiedCall
@@ -50,10 +51,13 @@ def as_called(
         group=ranks.group,
         source=ranks.members[0] if ranks.members else 0,
         names=tuple(node.name for node in changing.values()),
+        of_piece=found.why_a_piece is not None,
         in_place=found.seen_again,
     )
     cache = found.cache
     if cache is None:
+        if agree.of_piece and not ranks.is_single:
+            return handing_on(run, agree, agree.indices)
         return lambda *args: run(*agree(args))
     return CachedCall(
         run,
@@ -68,7 +72,13 @@ def as_called(
 def as_called_by_all(
     run: Callable[..., Any], captured: Captured, options: Options, ranks: Ranks, agreement: Agreement
 ) -> SharedCall:
-    """What every rank calls together; `agreement` is that of the ranks that compiled it."""
+    """What every rank calls together.
+
+    args:
+        run: what this rank calls.
+        ranks: those that share the graph's work.
+        agreement: that of the ranks that compiled it.
+    """
     sizes = (
         f"{node.name} of {'x'.join(map(str, value.shape)) or 'one number'}"
         for node in captured.changing.values()

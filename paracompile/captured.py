@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._dynamo import convert_frame, eval_frame
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.utils import graph_break_reasons
 from torch._guards import CompileContext
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -20,6 +26,7 @@ from paracompile.patterns.blocks import find_blocks
 
 __all__ = ["Captured"]
 
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -113,6 +120,18 @@ class Captured:
     # What it is of
 
     @property
+    def why_a_piece(self) -> str | None:
+        """Why this graph is only a piece of its model, beside others and code not compiled; None if it is all of it."""
+        if not (cast(Any, self.gm).compile_subgraph_reason.graph_break or _model_is_running()):
+            return None
+        if not graph_break_reasons:
+            return "called by code that Dynamo does not compile"
+        last = graph_break_reasons[-1]
+        where = last.user_stack[-1]
+        why = next(iter(last.reason.splitlines()), "")
+        return f"after a break at {where.filename}:{where.lineno}, in {where.name}: {why}"
+
+    @property
     def classes(self) -> list[str]:
         """The names of the classes of the modules in the graph, the outermost first."""
         root = InstructionTranslator.current_tx().f_locals.get("self")  # in no module's stack
@@ -125,6 +144,15 @@ class Captured:
         """The class of the module that the graph is of."""
         return next(iter(self.classes), "a function")
 
+    def has_attention(self) -> bool:
+        """Whether there is any attention that may be shared."""
+        return any(
+            node.target is F.scaled_dot_product_attention
+            for part in self.gm.modules()
+            if isinstance(part, fx.GraphModule)
+            for node in part.graph.nodes
+        )
+
     def has_masks(self) -> bool:
         """Whether any attention has a mask."""
         return any(
@@ -135,3 +163,18 @@ class Captured:
 
     def has_repeated_blocks(self) -> bool:
         return bool(find_blocks(self.gm.graph))
+
+
+def _model_is_running() -> bool:
+    """Whether Dynamo was called by a line of a model that already runs, and not by what `torch.compile` returned."""
+    callers = itertools.dropwhile(lambda file: file != convert_frame.__file__, _files())
+    outside = itertools.dropwhile(lambda file: file.startswith(_TORCH) and file != eval_frame.__file__, callers)
+    return next(outside, eval_frame.__file__) != eval_frame.__file__
+
+
+def _files() -> Iterator[str]:
+    """The files of the functions that are being run, the innermost first."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        yield frame.f_code.co_filename
+        frame = frame.f_back

@@ -53,6 +53,7 @@ class Found:
     """What was found in one graph.
 
     attributes:
+        why_a_piece: why the graph is only a piece of its model (`Captured`); None where it is all of it.
         plans: by mesh axis, what its ranks cut and how (`plan_layouts`).
         skipped: what may be skipped (`mark_blocks`); None without a cache, or where no blocks are.
         masks_dropped: how many attentions got along without their mask (`drop_masked_keys`).
@@ -60,6 +61,7 @@ class Found:
         cache: what the graph takes and gives for it (`first_block_cache`).
     """
 
+    why_a_piece: str | None = None
     plans: dict[str, Plan] = field(default_factory=dict)
     skipped: Skipped | None = None
     masks_dropped: int = 0

@@ -8,8 +8,9 @@ from typing import Any, cast
 
 from torch import fx
 
+import paracompile.runtime.placement as placement
 from paracompile.errors import module_path, source_line
-from paracompile.layout.graph import Operation, bytes_of, operations
+from paracompile.layout.graph import Operation, bytes_of, operations, value_of
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 from paracompile.passes.first_block_cache import COMPUTE
@@ -46,6 +47,8 @@ class Report:
     """What became of one graph.
 
     attributes:
+        why_a_piece: why the graph is only a piece of its model; None where it is all of it.
+        bytes_handed_on: bytes that ranks gather at the end of a piece, for what follows it.
         ranks: over how many ranks it was sharded; 1 where nothing was.
         attentions: attentions whose tokens the ranks exchange.
         cross_attentions: attentions cut along their queries alone, which send nothing.
@@ -63,6 +66,8 @@ class Report:
     """
 
     ranks: int
+    why_a_piece: str | None = None
+    bytes_handed_on: int = 0
     attentions: int = 0
     cross_attentions: int = 0
     whole_attentions: int = 0
@@ -91,6 +96,11 @@ class Report:
                 ("bytes sent by a rank", f"{self.bytes_sent:,}"),
                 ("work of a rank", f"{share:.1%} of the model's products"),
             ]
+        if self.why_a_piece is not None:
+            rows += [
+                ("only a piece of the model", self.why_a_piece),
+                ("bytes gathered for other pieces", f"{self.bytes_handed_on:,}"),
+            ]
         if self.blocks:
             rest = 1 - self.flops_skipped / self.flops_rank if self.flops_rank else 1.0
             rows += [
@@ -108,6 +118,16 @@ NO_BLOCKS = (
     "paracompile: rdt was given, and this graph has no repeated blocks on a residual stream that reaches its output: "
     "nothing of it is ever skipped. Compile the transformer as one graph (fullgraph=True tells where it breaks)."
 )
+
+
+def in_pieces(why_a_piece: str) -> str:
+    """The warning for a model that runs in pieces."""
+    return (
+        f"paracompile: a graph is only a piece of its model, {why_a_piece}. Each piece is sharded by itself and "
+        "gathers what it hands on, a piece without attention runs whole on every rank, and blocks are skipped only in "
+        "a piece that holds all of them. Nothing of this is lost where other arguments avoid the break; "
+        "TORCH_LOGS=graph_breaks tells of every one."
+    )
 
 
 def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool = False) -> Report:
@@ -136,6 +156,8 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
     notes = [note for each in plans for note in _notes(each)]
     report = Report(
         ranks=ranks.size,
+        why_a_piece=found.why_a_piece,
+        bytes_handed_on=_gathered_at_the_end(plans[-1]) if plans and found.why_a_piece is not None else 0,
         attentions=len(exchanged),
         cross_attentions=len(cut) - len(exchanged),
         whole_attentions=len(attentions) - len(cut),
@@ -154,6 +176,13 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
         flops_skipped=sum(map(flops_of, skippable)),
         state_bytes=found.cache.state_bytes,
     )
+
+
+def _gathered_at_the_end(plan: Plan) -> int:
+    if not plan.operations:
+        return 0
+    (output,) = plan.operations[0].node.graph.find_nodes(op="output")
+    return sum(bytes_of(value_of(node)) for node in output.all_input_nodes if node.target is placement.UNSHARD)
 
 
 def _skippable(local: fx.GraphModule) -> list[Operation]:

@@ -2,7 +2,7 @@
 
 Ranks that draw their own noise (a pipeline called without a generator) hold different latents. Sharded over ranks these
 would make one picture out of parts of several. So the first rank's inputs are sent to all, or the ranks compare what
-they hold, or the user vouches for them.
+they hold, or the user vouches for them. Where a model runs in pieces, what one hands to the next needs no agreement.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.errors import OptionError, ParacompileError, RankError
 from paracompile.options import InputMode
+from paracompile.runtime.pieces import is_handed_on
 
 __all__ = ["InputAgreement", "digest"]
 
@@ -49,6 +50,9 @@ class InputAgreement:
     """The global rank whose inputs count in mode "broadcast"."""
     names: tuple[str, ...] = ()
     """The inputs' names in the order of `indices`, for messages; by default their positions."""
+    of_piece: bool = False
+    """Whether the graph is a piece of a model: what other pieces handed on is left alone then. All ranks run the same
+    pieces, so they leave alone the same."""
     in_place: frozenset[int] = frozenset()
     """Positions of inputs that the caller sees again, because the model writes to them or hands them back: in mode
     "broadcast" their own memory receives the source's values."""
@@ -72,22 +76,25 @@ class InputAgreement:
             ParacompileError: an input that is sparse, quantised or a tensor subclass, in mode "broadcast" or "check".
         """
         args = list(args)
-        if self.mode == "trust" or not self.indices:
+        if self.mode == "trust":
+            return args
+        own = [index for index in self.indices if not (self.of_piece and is_handed_on(args[index]))]
+        if not own:
             return args
         group = _resolve_process_group(cast(Any, self.group)) if isinstance(self.group, str) else self.group
         if dist.get_world_size(group) == 1:
             return args
         with torch.no_grad():
-            return self._broadcast(args, group) if self.mode == "broadcast" else self._check(args, group)
+            return self._broadcast(args, own, group) if self.mode == "broadcast" else self._check(args, own, group)
 
-    def _broadcast(self, args: list[Any], group: ProcessGroup) -> list[Any]:
+    def _broadcast(self, args: list[Any], own: Sequence[int], group: ProcessGroup) -> list[Any]:
         """One buffer of bytes, and one broadcast, for each device that the group sends from.
 
         Bytes, not one buffer a dtype: pipelines pass latents, ids, timesteps and masks in three or four dtypes, and the
         time of such small messages is the starts of the collectives.
         """
         places: dict[torch.device, list[int]] = {}
-        for index in self.indices:
+        for index in own:
             if isinstance(args[index], Tensor):
                 self._plain(index, args[index])
                 if args[index].numel():
@@ -113,12 +120,12 @@ class InputAgreement:
                         args[index] = _in_form_of(args[index], slot)
         return args
 
-    def _check(self, args: list[Any], group: ProcessGroup) -> list[Any]:
+    def _check(self, args: list[Any], indices: Sequence[int], group: ProcessGroup) -> list[Any]:
         """Two numbers for each input, gathered in one collective: what kind of thing it is, a digest of its bytes."""
-        tensors = [args[index] for index in self.indices if isinstance(args[index], Tensor)]
+        tensors = [args[index] for index in indices if isinstance(args[index], Tensor)]
         device = _transport(tensors[0].device if tensors else torch.device("cpu"), group)
         kinds, contents = [], []
-        for index in self.indices:
+        for index in indices:
             value = args[index]
             if isinstance(value, Tensor):
                 self._plain(index, value)
@@ -133,8 +140,8 @@ class InputAgreement:
         table = torch.stack(every).tolist()
         ranks = dist.get_process_group_ranks(group)
         findings = []
-        for column, name in enumerate(self.names or tuple(f"argument {index}" for index in self.indices)):
-            for what, at in (("shape, dtype or number", column), ("values", column + len(self.indices))):
+        for column, name in enumerate(map(self._name, indices)):
+            for what, at in (("shape, dtype or number", column), ("values", column + len(indices))):
                 others = [rank for rank, row in zip(ranks, table, strict=True) if row[at] != table[0][at]]
                 if others:
                     findings.append(f"{name!r} ({what}): {_ranks(others)} and rank {ranks[0]} differ")
@@ -152,11 +159,14 @@ class InputAgreement:
         wrapped: bool = is_traceable_wrapper_subclass(value)
         if value.layout == torch.strided and not value.is_quantized and not wrapped:
             return
-        name = self.names[self.indices.index(index)] if self.names else f"argument {index}"
         raise ParacompileError(
-            f"input {name!r} is a {type(value).__name__} of layout {value.layout}: only plain dense tensors can be "
-            'sent to other ranks or compared. Pass a plain tensor, or see to equal inputs and use "inputs": "trust"'
+            f"input {self._name(index)!r} is a {type(value).__name__} of layout {value.layout}: only plain dense "
+            "tensors can be sent to other ranks or compared. Pass a plain tensor, or see to equal inputs and use "
+            '"inputs": "trust"'
         )
+
+    def _name(self, index: int) -> str:
+        return self.names[self.indices.index(index)] if self.names else f"argument {index}"
 
 
 def digest(tensor: Tensor) -> Tensor:
