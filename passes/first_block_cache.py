@@ -25,7 +25,7 @@ Runs on a graph that `mark_blocks` marked, sharded or not. Values with a part on
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import factorial
 
@@ -101,12 +101,13 @@ class _Writer:
                 self.roles.setdefault(role, {}).setdefault(form, node)
 
     def run(self) -> CacheLayout:
-        middle = [node for node in self.graph.nodes if part_of(node) == "middle"]
-        kept = self._kept(set(middle))
-        self._sink(kept)
-        middle = [node for node in self.graph.nodes if part_of(node) == "middle"]
-        self._gather(middle)
         before, after = self._residual()
+        kept = self._kept()
+        for node in (before, after, *(value.enter for value in kept if value.enter is not None)):
+            self._to_front(node)
+        self._sink(kept)
+        middle = self._middle()
+        self._gather(middle)
         layout = self._add_inputs(before, kept)
         operands = self._operands(middle, before, after, kept)
         with self.graph.inserting_after(middle[-1]):
@@ -140,32 +141,42 @@ class _Writer:
 
     # What is stored
 
-    def _kept(self, middle: set[fx.Node]) -> list[_Kept]:
+    def _middle(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if _in_middle(node)]
+
+    def _kept(self) -> list[_Kept]:
         """The values to store. What leaves the middle but does not depend on a stream is moved to the front."""
         kept: list[_Kept] = []
-        leaving = [node for node in self.graph.nodes if node in middle and is_tensor(node) and _leaves(node, middle)]
-        entering = {node for role, forms in self.roles.items() if role.startswith("enter") for node in forms.values()}
-        for node in leaving:
-            role = next((role for role in roles_of(node) if role.startswith("leave")), None)
-            enter = None
-            if role is not None:
-                enter = self.roles.get(role.replace("leave", "enter"), {}).get(roles_of(node)[role])
-            if enter is not None:
-                kept.append(_Kept(node, enter))
+        streams = (forms.values() for role, forms in self.roles.items() if role == "after" or role.startswith("enter"))
+        on_streams = _descendants(node for nodes in streams for node in nodes)
+        for node in self._middle():
+            if not is_tensor(node) or not _in_middle(node) or all(map(_in_middle, node.users)):
                 continue
-            origin = _ancestors(node, middle)
-            self._check_types(node, middle)
-            if any(source in entering for inside in origin for source in inside.all_input_nodes):
-                kept.append(_Kept(node, None))
+            enter = self._enter(node)
+            if enter is None:
+                self._check_types(node)
+            if node in on_streams:
+                kept.append(_Kept(node, enter))
             else:
-                for inside in origin:
-                    inside.meta["cache_part"] = "front"
-                middle -= origin
+                self._to_front(node)
         return kept
 
-    def _check_types(self, node: fx.Node, middle: set[fx.Node]) -> None:
+    def _enter(self, leave: fx.Node) -> fx.Node | None:
+        """The value that what leaves the middle is a residual of, in its form; None where it is no stream."""
+        for role, form in roles_of(leave).items():
+            forms = self.roles.get(role.replace("leave", "enter"), {})
+            if role.startswith("leave") and forms:
+                return forms[form]
+        return None
+
+    def _to_front(self, node: fx.Node) -> None:
+        """Moves a node out of the middle, with all that it depends on there."""
+        for needed in _ancestors(node):
+            needed.meta["cache_part"] = "front"
+
+    def _check_types(self, node: fx.Node) -> None:
         """Autocast regions among skipped blocks stay there: a value outside its region could get another type."""
-        if any(inside.target in AUTOCAST_EDGES for inside in middle):
+        if any(inside.target in AUTOCAST_EDGES for inside in self._middle()):
             raise GraphError(
                 node,
                 "it is read after the blocks that may be skipped, is no stream of them, and there are autocast regions "
@@ -188,18 +199,10 @@ class _Writer:
                 node.meta["cache_part"] = "middle"
 
     def _residual(self) -> tuple[fx.Node, fx.Node]:
-        """The stream before and after the blocks that decide, in one form."""
-        before, after = self.roles.get("before", {}), self.roles.get("after", {})
-        forms = sorted(set(before) & set(after), key=len, reverse=True)  # parts first: each rank looks at its own
-        if not forms:
-            node = next(iter(after.values()), None)
-            raise GraphError(
-                node,
-                "the stream is whole before the first blocks and shared by the ranks after them (or the other way "
-                "round), so their residual cannot be taken",
-                "choose another number of first_blocks, or leave out rdt",
-            )
-        return before[forms[0]], after[forms[0]]
+        """The stream before and after the blocks that decide, in one form: of parts each rank looks at its own."""
+        before, after = self.roles["before"], self.roles["after"]
+        form = max(before.keys() & after.keys(), key=lambda form: form.count("/"))
+        return before[form], after[form]
 
     def _gather(self, middle: list[fx.Node]) -> None:
         """Moves what stands between the nodes of the middle before or behind it, so that it is one piece."""
@@ -391,18 +394,31 @@ class _Writer:
         return [self.write(operator.getitem, chosen, index) for index in range(len(output.args[0]))]
 
 
-def _leaves(node: fx.Node, middle: set[fx.Node]) -> bool:
-    return any(user not in middle for user in node.users)
+def _in_middle(node: fx.Node) -> bool:
+    return part_of(node) == "middle"
 
 
-def _ancestors(node: fx.Node, middle: set[fx.Node]) -> set[fx.Node]:
-    """The node and all of the middle that it depends on."""
-    found, waiting = {node}, [node]
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """Of the middle the node and all that it depends on."""
+    found: set[fx.Node] = set()
+    waiting = [node]
     while waiting:
-        for source in waiting.pop().all_input_nodes:
-            if source in middle and source not in found:
-                found.add(source)
-                waiting.append(source)
+        source = waiting.pop()
+        if _in_middle(source) and source not in found:
+            found.add(source)
+            waiting.extend(source.all_input_nodes)
+    return found
+
+
+def _descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and all that depends on them."""
+    found: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(node.users)
     return found
 
 

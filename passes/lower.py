@@ -143,10 +143,11 @@ class _Lowering:
             self.regions[entered].close()
 
     def _carry_roles(self, node: fx.Node) -> None:
-        """Gives what was written the roles that `mark_blocks` gave its value, and says which are parts."""
+        """Gives what was written the roles that `mark_blocks` gave its value, and says how it is cut."""
         roles: dict[str, str] = node.meta.get("cache_roles", {})
         if roles:
-            form = "/part" * len(shardings_of(value_of(node)))
+            cuts = shardings_of(value_of(node))
+            form = "".join(f"/{axis} {cuts[axis].place.dim} {list(cuts[axis].segments)}" for axis in sorted(cuts))
             self._written(node).meta["cache_roles"] = {role: before + form for role, before in roles.items()}
 
     # How values are cut

@@ -12,7 +12,10 @@ Values get roles, which are carried over to the shards as well:
     "enter k", "leave k"        a stream where it enters the middle, and what the back reads of it: their difference is
                                 what is stored. A value of the middle that is no stream only has "leave k".
 
-Requires functional ATen with static sizes; changes nothing but `meta`.
+Where the middle joins several streams, and the back reads them as one, they are taken apart where they leave and joined
+anew behind, so that each is a residual of one that enters.
+
+Requires functional ATen with static sizes; changes nothing else but `meta`.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ from typing import Literal
 
 import torch
 from torch import fx
+from torch._guards import detect_fake_mode
 
 from paracompile.errors import GraphError, OptionError
 from paracompile.layout.graph import is_static, is_tensor
 from paracompile.passes.found import Found, Skipped
+from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import AUTOCAST_EDGES
-from paracompile.patterns.blocks import Stream, find_stream, residual_source
+from paracompile.patterns.blocks import Joined, Stream, find_stream, joined_sources, residual_source
 
 __all__ = ["Part", "mark_blocks", "part_of", "roles_of"]
 
@@ -49,7 +54,10 @@ def part_of(node: fx.Node) -> Part:
 
 
 def roles_of(node: fx.Node) -> dict[str, str]:
-    """The roles of a node's value; for each, which form of it this is ("" the whole, "/part" a rank's part of it)."""
+    """The roles of a node's value; for each, the form of it that this is.
+
+    "" is the whole; "/sequence 1 [12, 48]" is a rank's part along an axis, which cuts this dimension in these segments.
+    """
     roles: dict[str, str] = node.meta.get("cache_roles", {})
     return roles
 
@@ -88,9 +96,10 @@ def mark_blocks(
         node.meta["cache_part"] = part
     _mark(_start_of_residual(stream, first_blocks), "before")
     _mark(stream.exits[first_blocks - 1], "after")
-    for number, node in enumerate(_leaving(gm.graph, parts)):
+    _take_apart(gm.graph)
+    for number, node in enumerate(_leaving(gm.graph)):
         _mark(node, f"leave {number}")
-        source = residual_source(node, lambda inside: parts.get(inside) == "middle")
+        source = residual_source(node, _in_middle)
         if source is not None:
             _mark(source, f"enter {number}")
     times = _times(gm.graph)
@@ -124,18 +133,33 @@ def _parts(graph: fx.Graph, stream: Stream, first: int, end: int) -> dict[fx.Nod
             _check_order(node, parts[node], latest)
         else:
             late = latest == "middle" and node not in feeds_middle
-            parts[node] = "back" if late and not _narrows(node, parts) else latest
+            if late and not _narrows(node, parts):
+                latest = "back"
+            elif node.target is aten.cat.default and all(of_block.get(user) == "middle" for user in node.users):
+                latest = "middle"  # joined there, so that a part of what leaves it is found in what enters
+            parts[node] = latest
         if node.target is operator.getitem:
             parts[node] = parts[node.all_input_nodes[0]]
     return parts
 
 
 def _narrows(node: fx.Node, parts: dict[fx.Node, Part]) -> bool:
-    """Whether the node takes a part of a value of the middle, and nobody later needs the rest (the text's tokens)."""
+    """Whether the node takes a part of a value of the middle, and nobody later needs the rest (the text's tokens).
+
+    Of a stream only what is a stream itself is taken: where tokens were joined before the middle, none of them enters
+    it alone, and what is stored is what was added to all.
+    """
     if node.target not in _NARROWS:
         return False
-    users = [user for source in node.all_input_nodes for user in source.users if parts.get(user) != "middle"]
-    return all(user.target in _NARROWS for user in users)
+    (whole,) = node.all_input_nodes
+    taken = [node] if is_tensor(node) else list(node.users)
+
+    def entered(value: fx.Node) -> fx.Node | None:
+        return residual_source(value, lambda inside: inside in (node, value) or parts.get(inside) == "middle")
+
+    if entered(whole) is not None and None in map(entered, taken):
+        return False
+    return all(user.target in _NARROWS for user in whole.users if parts.get(user) != "middle")
 
 
 def _check_order(node: fx.Node, part: Part, latest: Part) -> None:
@@ -148,13 +172,40 @@ def _check_order(node: fx.Node, part: Part, latest: Part) -> None:
         )
 
 
-def _leaving(graph: fx.Graph, parts: dict[fx.Node, Part]) -> list[fx.Node]:
+def _in_middle(node: fx.Node) -> bool:
+    return part_of(node) == "middle"
+
+
+def _leaving(graph: fx.Graph) -> list[fx.Node]:
     """The values of the middle that are read after it."""
     return [
-        node
-        for node in graph.nodes
-        if parts.get(node) == "middle" and is_tensor(node) and any(parts.get(user) != "middle" for user in node.users)
+        node for node in graph.nodes if _in_middle(node) and is_tensor(node) and not all(map(_in_middle, node.users))
     ]
+
+
+def _take_apart(graph: fx.Graph) -> None:
+    """Has streams that the middle joined, and that the back reads as one, leave it apart."""
+    for node in _leaving(graph):
+        joined = joined_sources(node, _in_middle) if residual_source(node, _in_middle) is None else None
+        if joined is not None:
+            _rejoin(graph, node, joined)
+
+
+def _rejoin(graph: fx.Graph, node: fx.Node, joined: Joined) -> None:
+    """Cuts the stream at the end of the middle, and joins it for those who read it behind."""
+    fake_mode = detect_fake_mode(node.meta["val"])
+    assert fake_mode is not None
+    write = GraphWriter(fake_mode, graph)
+    with graph.inserting_before(node.next):
+        write.origin, start, streams = node, 0, []
+        for source in joined.sources:
+            end = start + source.meta["val"].shape[joined.dim]
+            streams.append(write(aten.slice.Tensor, node, joined.dim, start, end))
+            start = end
+        write.origin = None
+        again = write(aten.cat.default, streams, joined.dim)
+    again.meta["cache_part"] = "back"
+    node.replace_all_uses_with(again, delete_user_cb=lambda user: not _in_middle(user))
 
 
 def _start_of_residual(stream: Stream, first: int) -> fx.Node:

@@ -23,7 +23,7 @@ import paracompile.runtime.placement as placement
 from paracompile.layout.graph import Value, is_tensor, node_of, spelled, value_of
 from paracompile.layout.plan import Plan, Sharding
 from paracompile.passes.found import Found
-from paracompile.passes.mark_blocks import roles_of
+from paracompile.passes.mark_blocks import part_of, roles_of
 from paracompile.passes.writer import PROVENANCE
 
 __all__ = ["Form", "shardings_of", "split_and_gather"]
@@ -46,6 +46,10 @@ def shardings_of(value: Value) -> Form:
     return {axis: of_results[value.index] for axis, of_results in by_axis.items()}
 
 
+def _form_of(node: fx.Node) -> Form:
+    return shardings_of(value_of(node))
+
+
 class _Resharding:
     def __init__(self, graph: fx.Graph, plans: Mapping[str, Plan]) -> None:
         self.graph = graph
@@ -59,6 +63,7 @@ class _Resharding:
         for node in nodes:
             if node.target is not operator.getitem:
                 self._reshard_operands(node)
+        self._pair_streams()
 
     def _mark(self, node: fx.Node) -> None:
         """Notes how a node's results are cut."""
@@ -89,9 +94,26 @@ class _Resharding:
         if operands != sources:
             node.args, node.kwargs = spelled(operation, operands)
 
+    def _pair_streams(self) -> None:
+        """Makes values whose difference the first block cache takes in one form, where no other node wants it."""
+        by_role: dict[str, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            for role in roles_of(node):
+                by_role.setdefault(role, []).append(node)
+        for role, (source, *_) in by_role.items():
+            if role == "after":
+                before = by_role["before"][0]
+                most = max(_form_of(before), _form_of(source), key=len)
+                self._form(before, most, source)
+                self._form(source, most, source.next)
+            elif role.startswith("enter"):
+                for leave in by_role[role.replace("enter", "leave")]:
+                    if part_of(leave) == "middle":
+                        self._form(source, _form_of(leave), leave)
+
     def _form(self, source: fx.Node, wanted: Form, reader: fx.Node) -> fx.Node:
         """The value of `source` in another form, made right before the first that reads it so."""
-        form = dict(shardings_of(value_of(source)))
+        form = dict(_form_of(source))
         made = source
         for axis in reversed(list(self.plans)):  # tokens of its own rows come first
             if axis in form and form[axis] != wanted.get(axis):

@@ -107,6 +107,37 @@ def residual_source(value: fx.Node, inside: Callable[[fx.Node], bool]) -> fx.Nod
     return max(found, key=_effort, default=None) if len(found) > 1 else next(iter(found), None)
 
 
+@dataclass(frozen=True)
+class Joined:
+    """What a stream was joined from.
+
+    attributes:
+        dim: the dimension in which its parts lie side by side.
+        sources: for each part, in order, the value that it is a residual stream of.
+    """
+
+    dim: int
+    sources: tuple[fx.Node, ...]
+
+
+def joined_sources(value: fx.Node, inside: Callable[[fx.Node], bool]) -> Joined | None:
+    """The streams outside that were joined inside to the one that `value` belongs to; None where none were."""
+    waiting, seen = [value], set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen or not inside(node):
+            continue
+        seen.add(node)
+        if node.target is not aten.cat.default:
+            waiting.extend(source for source, window in _steps(node, None) if window is None)
+            continue
+        arguments = named_arguments(node)
+        sources = [residual_source(part, inside) if inside(part) else part for part in arguments["tensors"]]
+        if None not in sources:
+            return Joined(arguments["dim"] % len(_shape(node)), tuple(source for source in sources if source))
+    return None
+
+
 def _block_of(node: fx.Node) -> str | None:
     return next((path for path in module_paths(node) if path.rpartition(".")[2].isdigit()), None)
 
@@ -159,9 +190,7 @@ def _run_to(value: fx.Node, owner: dict[fx.Node, Block], part: Window) -> Stream
         blocks.append(block)
         entries.append(source)
         exits.append(current)
-        current = _exit_before(source, owner, part)
-        if current is not source:
-            part = None
+        current, part = _exit_before(source, owner, part)
         if current is not None and owner[current] in blocks:
             break
     if not blocks:
@@ -181,21 +210,29 @@ def _part_read(value: fx.Node, owner: dict[fx.Node, Block]) -> Window:
     return next(iter(parts)) if len(parts) == 1 else None
 
 
-def _exit_before(entry: fx.Node, owner: dict[fx.Node, Block], part: Window) -> fx.Node | None:
-    """The value of an earlier block that `entry` comes from.
+def _exit_before(entry: fx.Node, owner: dict[fx.Node, Block], part: Window) -> tuple[fx.Node | None, Window]:
+    """The value of an earlier block that `entry` comes from, and the part of it that is read in the end.
 
     Where lists join several streams it is the one of which `part` is read in the end, or else the largest.
     """
     if entry in owner:
-        return entry
-    of_part = _sources(entry, lambda node: node not in owner, part)
-    found = [node for node in of_part or _sources(entry, lambda node: node not in owner) if node in owner]
-    return max(found, key=_size, default=None)
+        return entry, part
+    found = [
+        [(node, window) for node, window in _origins(entry, lambda node: node not in owner, read) if node in owner]
+        for read in (part, None)
+    ]
+    exit_before, window = max(found[0] or found[1], key=lambda each: _size(each[0]), default=(None, None))
+    return exit_before, None if exit_before is None or _covers(exit_before, window) else window
 
 
-def _sources(value: fx.Node, inside: Callable[[fx.Node], bool], part: Window = None) -> list[fx.Node]:
-    """The values not inside that `value` (or a part of it) is a residual stream of, or is joined or cut from."""
-    found: dict[fx.Node, None] = {}
+def _sources(value: fx.Node, inside: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """The values not inside that `value` is a residual stream of, or is joined or cut from."""
+    return list({node: None for node, window in _origins(value, inside) if _covers(node, window)})
+
+
+def _origins(value: fx.Node, inside: Callable[[fx.Node], bool], part: Window = None) -> list[tuple[fx.Node, Window]]:
+    """The values not inside that `value` (or a part of it) comes from, and which parts of them."""
+    found: list[tuple[fx.Node, Window]] = []
     seen: set[tuple[fx.Node, Window]] = set()
     waiting: list[tuple[fx.Node, Window]] = [(value, part)]
     while waiting:
@@ -204,11 +241,11 @@ def _sources(value: fx.Node, inside: Callable[[fx.Node], bool], part: Window = N
             continue
         seen.add((node, window))
         if node.op == "placeholder" or not inside(node):
-            if node is not value and _covers(node, window):
-                found[node] = None
+            if node is not value:
+                found.append((node, window))
             continue
         waiting.extend(_steps(node, window))
-    return list(found)
+    return found
 
 
 def _steps(node: fx.Node, window: Window) -> list[tuple[fx.Node, Window]]:

@@ -7,13 +7,16 @@ is written down for each family.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.utils._pytree as pytree
-from capture import Captured
+from cached import ALWAYS, NEVER, CachedGraphs, step
+from capture import Captured, assert_equal
 from families import Inputs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +35,10 @@ LISTS = {
 
 IMAGE_SECOND = ("flux", "stable_diffusion_3", "qwen_image")
 """Families whose blocks return (text, image); the others return (image, text), or the image alone."""
+
+
+ROUNDING = 1e-5
+"""Of the largest value: what float32 may be off, after a few blocks."""
 
 
 class InDouble(TorchDispatchMode):
@@ -54,7 +61,8 @@ class Seen:
 
     attributes:
         output: the model's.
-        residual: what the blocks at the front add to the image, which decides.
+        residual: what the blocks at the front add to the image, which decides; where the last of them see image and
+            text joined, what those add to both.
         added: what the blocks in the middle add to each stream.
     """
 
@@ -95,13 +103,17 @@ class ByHand:
         added: list[Streams] = []
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            start.append(kwargs.get("hidden_states", args[0] if args else None))
+            value = kwargs.get("hidden_states", args[0] if args else None)
+            if start and start[0].shape != value.shape:  # joined
+                start.clear()
+            start.append(value)
 
         def leave_front(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
             front.append(_streams(result))
 
         def leave_middle(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
-            pairs = list(zip(_streams(result), front[0], strict=True))
+            begun = front[0] if len(front[0]) == len(_streams(result)) else (torch.cat(front[0], dim=1),)
+            pairs = list(zip(_streams(result), begun, strict=True))
             added.append(tuple(None if end is None else end - begin for end, begin in pairs))
             if instead is None:
                 return None
@@ -111,7 +123,7 @@ class ByHand:
             return new if isinstance(result, tuple) else new[0]
 
         hooks = [
-            self.blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
+            *(block.register_forward_pre_hook(enter, with_kwargs=True) for block in self.blocks[: self.first]),
             self.blocks[self.first - 1].register_forward_hook(leave_front),
             self.blocks[self.end - 1].register_forward_hook(leave_middle),
         ]
@@ -121,7 +133,8 @@ class ByHand:
         finally:
             for hook in hooks:
                 hook.remove()
-        return Seen(output, front[0][self.image] - start[0], added[0])
+        image = front[0][self.image if len(front[0]) > 1 else 0]
+        return Seen(output, image - start[0], added[0])
 
 
 def _streams(result: Any) -> Streams:
@@ -130,3 +143,39 @@ def _streams(result: Any) -> Streams:
 
 def _double(value: Tensor) -> Tensor:
     return value.double() if value.is_floating_point() else value
+
+
+def by_formula(found: Tensor, expected: Tensor) -> None:
+    """Equal to what was worked out in float64, up to rounding."""
+    assert found.shape == expected.shape
+    assert float((found.double() - expected).abs().max()) <= ROUNDING * float(expected.abs().max())
+
+
+def ratio_of(residual: Tensor, previous: Tensor) -> float:
+    return float((residual - previous).abs().sum() / previous.abs().sum())
+
+
+def check_generation(graphs: CachedGraphs, model: ByHand) -> None:
+    """Asserts of three steps, computed, skipped and computed, what each rank gives: the model's and the formula's."""
+    inputs = [step(graphs.of, number) for number in range(3)]
+    generation = graphs.begin()
+    steps = [generation.step(each, rdt) for each, rdt in zip(inputs, (ALWAYS, ALWAYS, NEVER), strict=True)]
+    assert [each.hit for each in steps] == [False, True, False]
+
+    seen = [model.computed(each) for each in inputs]
+    skipped = model.skipped(inputs[1], seen[0].added)
+    for output in steps[1].outputs:
+        by_formula(output, skipped)
+    assert float((skipped - seen[1].output).abs().max()) > 100 * ROUNDING * float(skipped.abs().max())
+
+    for number in (0, 2):
+        with torch.no_grad():
+            (expected,) = graphs.of.model(**inputs[number])
+        for output in steps[number].outputs:
+            assert_equal(output, expected)
+
+    assert math.isnan(steps[0].ratio)
+    assert steps[1].ratio == pytest.approx(ratio_of(seen[1].residual, seen[0].residual), rel=1e-4)
+    assert steps[2].ratio == pytest.approx(ratio_of(seen[2].residual, seen[0].residual), rel=1e-4)
+    for each in steps:
+        assert len({tuple(record.nan_to_num(-1).tolist()) for record in each.records}) == 1
