@@ -10,7 +10,7 @@ The analysis is `paracompile.layout`, which knows no operator; it is given the t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx
@@ -25,16 +25,18 @@ from paracompile.patterns.attention import find_attentions
 from paracompile.patterns.flops import flops_of
 from paracompile.patterns.rules import rule_for
 
+_WORTH_SHARING = 0.5
+"""The least share of a model's products that can be cut: with less, most of a rank's work would be the whole of it."""
+
 
 def plan_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ranks, found: Found) -> fx.GraphModule:
     """Finds a plan for each axis of more than one rank; changes nothing.
 
     raises:
-        GraphError: no attention, random numbers inside the model, or sizes that cannot be cut.
+        GraphError: no attention, random numbers inside the model, or less than half of its products can be cut.
     """
     if ranks.batch.size > 1:
         found.plans[ranks.batch.name] = _plan(gm, ranks.batch, "batch")
-        _check_batch(found.plans[ranks.batch.name], ranks.batch)
     if ranks.sequence_size > 1:
         found.plans[ranks.sequence.name] = _plan(gm, ranks.sequence, "tokens")
     _check_overlap(list(found.plans.values()))
@@ -46,20 +48,8 @@ def _plan(gm: fx.GraphModule, axis: Axis, seed: Seed) -> Plan:
         gm.graph, rule_for=rule_for, find_attentions=find_attentions, flops=flops_of, ranks=axis.size, seed=seed
     )
     _check_randomness(plan)
-    _check_attention(plan, axis)
+    _check_attention(plan, axis, seed)
     return plan
-
-
-def _check_batch(plan: Plan, axis: Axis) -> None:
-    heaviest = max(plan.attentions.values(), key=lambda attention: attention.flops)
-    batch = plan.places[heaviest.operation.results[0]].length
-    if batch < axis.size:
-        raise GraphError(
-            heaviest.operation.node,
-            f"its batch of {batch} cannot be shared by the {axis.size} ranks of the batch axis",
-            "use the batch axis for pipelines that run the conditional and the unconditional pass in one batch, or "
-            "call init_mesh without max_batch_dim_size",
-        )
 
 
 def _check_overlap(plans: Sequence[Plan]) -> None:
@@ -78,7 +68,8 @@ def _check_overlap(plans: Sequence[Plan]) -> None:
                 )
 
 
-def _check_attention(plan: Plan, axis: Axis) -> None:
+def _check_attention(plan: Plan, axis: Axis, seed: Seed) -> None:
+    """Raises a GraphError where too little can be cut to be worth the ranks; what is left whole the report says."""
     if not plan.attentions:
         raise GraphError(
             None,
@@ -87,17 +78,36 @@ def _check_attention(plan: Plan, axis: Axis) -> None:
             "set the model's attention backend to PyTorch's own (model.set_attention_backend('native')); a custom "
             "attention kernel hides its sequence",
         )
-    heaviest = max(plan.attentions.values(), key=lambda attention: attention.flops)
-    if heaviest.operation not in plan.cuts:
+    shared, all_work = (sum(map(flops_of, each)) for each in (plan.cuts, plan.operations))
+    heaviest = max(plan.attentions.values(), key=lambda attention: attention.flops).operation
+    queries = shape_of(heaviest.operands[0])
+    length = queries[0] if seed == "batch" else queries[-2]
+    if shared < _WORTH_SHARING * all_work:
+        _refuse(heaviest, axis, seed, length, f"{shared / all_work:.0%} of the model's products can be shared by ranks")
+    if seed == "batch" and heaviest in plan.cuts and plan.places[heaviest.results[0]].length < axis.size:
+        _refuse(heaviest, axis, seed, length, "some ranks would have nothing to do")
+
+
+def _refuse(attention: Operation, axis: Axis, seed: Seed, length: int, problem: str) -> NoReturn:
+    shapes = [shape_of(value) for value in attention.operands]
+    if length >= axis.size:
         raise GraphError(
-            heaviest.operation.node,
-            f"the graph's largest attention cannot be cut: its operands have the shapes {_shapes(heaviest.operation)}",
+            attention.node,
+            f"the graph's largest attention cannot be cut (its operands have the shapes {shapes}), and {problem}",
             "call scaled_dot_product_attention with tensors of shape (batch, heads, tokens, head size)",
         )
-
-
-def _shapes(operation: Operation) -> list[tuple[int, ...]]:
-    return [shape_of(value) for value in operation.operands]
+    if seed == "batch":
+        raise GraphError(
+            attention.node,
+            f"its batch of {length} cannot be shared by the {axis.size} ranks of the batch axis: {problem}",
+            "use the batch axis for pipelines that run the conditional and the unconditional pass in one batch, or "
+            "call init_mesh without max_batch_dim_size",
+        )
+    raise GraphError(
+        attention.node,
+        f"the graph's largest attention has {length} query tokens for the {axis.size} ranks of its sequence: {problem}",
+        "use fewer ranks, or give some of them to the batch: init_mesh(..., max_batch_dim_size=...)",
+    )
 
 
 def _check_randomness(plan: Plan) -> None:

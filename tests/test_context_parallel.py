@@ -493,9 +493,11 @@ def test_the_batch_axis_cuts_what_carries_a_batch(batch: int) -> None:
     assert sharded.share == pytest.approx((batch + 1) // 2 / batch)
 
 
-def test_a_batch_smaller_than_its_axis_is_refused() -> None:
-    with pytest.raises(GraphError, match="batch of 2 cannot be shared by the 3 ranks"):
-        shard(randomise(Transformer()), [image_tokens()], {"batch": 3})
+@pytest.mark.parametrize("batch, ranks", [(2, 3), (1, 2)])
+def test_a_batch_smaller_than_its_axis_is_refused(batch: int, ranks: int) -> None:
+    with pytest.raises(GraphError, match=f"batch of {batch} cannot be shared by the {ranks} ranks") as caught:
+        shard(randomise(Transformer()), [draw(batch, IMAGE, 10)], {"batch": ranks})
+    assert "without max_batch_dim_size" in str(caught.value)
 
 
 @pytest.mark.parametrize("mesh", [2, 4, {"ring": 2}, {"ring": 2, "ulysses": 2}], ids=mesh_name)
@@ -505,6 +507,58 @@ def test_key_heads_that_do_not_divide(queries: int, keys: int, mesh: Mesh) -> No
     mask = mask_of((BATCH, queries, IMAGE, IMAGE), False)
     assert_sharded(model, [image_tokens(WIDTH)], mesh)
     assert_sharded(masked(model), [image_tokens(WIDTH), mask], mesh)
+
+
+# What cannot be cut beside what can
+
+
+class Frames(nn.Module):
+    """Attention among the tokens of each frame, and then among the frames of each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spatial, self.temporal, self.forward_net = SelfAttention(), SelfAttention(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, frames, tokens, _ = x.shape
+        x = x.flatten(0, 1)
+        x = x + self.spatial(x)
+        x = x.unflatten(0, (batch, frames)).transpose(1, 2).flatten(0, 1)
+        x = x + self.temporal(x)
+        x = x + self.forward_net(x)
+        return x.unflatten(0, (batch, tokens)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("mesh", [2, {"ring": 3}, {"ring": 2, "ulysses": 2}], ids=mesh_name)
+@pytest.mark.parametrize("frames", [1, 5])
+def test_attention_over_frames_of_which_there_may_be_one(frames: int, mesh: Mesh) -> None:
+    assert_sharded(randomise(Frames()), [draw(BATCH, frames, 15, WIDTH)], mesh)
+
+
+class Outweighed(nn.Module):
+    """An attention over tokens that is small beside one over a dimension that is no token's."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        self.attention, self.inner = SelfAttention(), nn.Linear(WIDTH, inner * SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        inner = self.inner(x[0, 0]).unflatten(-1, (-1, SIZE))
+        return x + F.scaled_dot_product_attention(inner, inner, inner).mean()
+
+
+def test_the_largest_attention_stays_whole_as_long_as_others_carry_the_work() -> None:
+    sharded = assert_sharded(randomise(Outweighed(4 * IMAGE)), [image_tokens(WIDTH)])
+    assert sharded.report.whole_attentions == 1
+    (note,) = [note for note in sharded.report.notes if note.startswith("left whole")]
+    assert "test_context_parallel.py" in note
+
+
+def test_where_too_little_can_be_cut_the_model_is_refused() -> None:
+    with pytest.raises(GraphError, match="of the model's products can be shared") as caught:
+        shard(randomise(Outweighed(16 * IMAGE)), [image_tokens(WIDTH)])
+    assert "largest attention cannot be cut" in str(caught.value)
 
 
 # What is refused
@@ -548,8 +602,9 @@ def test_a_graph_without_attention_is_refused() -> None:
 
 
 def test_a_sequence_of_a_single_token_is_refused() -> None:
-    with pytest.raises(GraphError, match="cannot be cut"):
+    with pytest.raises(GraphError, match="1 query tokens for the 2 ranks") as caught:
         shard(randomise(Transformer()), [draw(BATCH, 1, 10)], {"ring": 2})
+    assert "use fewer ranks" in str(caught.value)
 
 
 def test_attention_over_a_dimension_that_is_no_token_dimension_is_refused() -> None:

@@ -18,6 +18,9 @@ from paracompile.passes.found import Found
 from paracompile.patterns.flops import flops_of
 from paracompile.patterns.rules import rule_for
 
+_COUNTS = 0.05
+"""The share of a model's products from which on the report names what every rank computes whole."""
+
 
 @dataclass(frozen=True)
 class Compilation:
@@ -52,7 +55,7 @@ class Report:
         ranks: over how many ranks it was sharded; 1 where nothing was.
         attentions: attentions whose tokens the ranks exchange.
         cross_attentions: attentions cut along their queries alone, which send nothing.
-        whole_attentions: attentions that every rank computes whole, because that is cheaper.
+        whole_attentions: attentions that every rank computes whole: that is cheaper, or they cannot be cut.
         collectives: how often one call starts each kind of collective.
         bytes_sent: bytes that one rank sends in one call.
         flops_whole: operations of all matrix products and attentions in the model.
@@ -153,7 +156,7 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
         if kind is not None:
             collectives[kind] += 1
             sent += _bytes_sent(kind, node, ranks)
-    notes = [note for each in plans for note in _notes(each)]
+    notes = [note for each in plans for note in (*_whole(each), *_notes(each))]
     report = Report(
         ranks=ranks.size,
         why_a_piece=found.why_a_piece,
@@ -208,6 +211,17 @@ def _bytes_sent(kind: str, node: fx.Node, ranks: Ranks) -> int:
     sizes, group = cast(list[int], node.args[2]), node.args[3]
     own = sizes[ranks.ring.rank if group == ranks.ring.group else ranks.ulysses.rank]  # not sent
     return size * (sum(sizes) - own) // max(1, sum(sizes))
+
+
+def _whole(plan: Plan) -> list[str]:
+    """One line for each attention that every rank computes, where its work counts."""
+    work = sum(map(flops_of, plan.operations))
+    return [
+        f"left whole {operation.node.name} ({attention.flops / work:.0%} of the model's products)"
+        + (f", at {where}" if (where := source_line(operation.node)) else "")
+        for operation, attention in plan.attentions.items()
+        if operation not in plan.cuts and attention.flops > _COUNTS * work
+    ]
 
 
 def _notes(plan: Plan) -> list[str]:
