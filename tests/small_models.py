@@ -169,7 +169,7 @@ def close(found: Any, expected: Any, tolerance: float = 2e-6) -> None:
             continue
         finite = other[other.isfinite()] if other.dtype != torch.bool else other[:0]
         largest = float(finite.abs().max()) if finite.numel() else 0.0
-        torch.testing.assert_close(one, other, rtol=0.0, atol=tolerance * max(largest, 1.0))
+        torch.testing.assert_close(one, other, rtol=0.0, atol=tolerance * max(largest, 1.0), equal_nan=True)
 
 
 def targets(gm: fx.GraphModule) -> list[str]:
