@@ -26,14 +26,15 @@ from paracompile.patterns.flops import flops_of
 from paracompile.patterns.rules import rule_for
 
 _WORTH_SHARING = 0.5
-"""The least share of a model's products that can be cut: with less, most of a rank's work would be the whole of it."""
+"""The least share of a model's products that must be cut where its largest attention cannot be."""
 
 
 def plan_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ranks, found: Found) -> fx.GraphModule:
     """Finds a plan for each axis of more than one rank; changes nothing.
 
     raises:
-        GraphError: no attention, random numbers inside the model, or less than half of its products can be cut.
+        GraphError: no attention, random numbers inside the model, or neither its largest attention nor half of its
+            products can be cut.
     """
     if ranks.batch.size > 1:
         found.plans[ranks.batch.name] = _plan(gm, ranks.batch, "batch")
@@ -82,7 +83,7 @@ def _check_attention(plan: Plan, axis: Axis, seed: Seed) -> None:
     heaviest = max(plan.attentions.values(), key=lambda attention: attention.flops).operation
     queries = shape_of(heaviest.operands[0])
     length = queries[0] if seed == "batch" else queries[-2]
-    if shared < _WORTH_SHARING * all_work:
+    if heaviest not in plan.cuts and shared < _WORTH_SHARING * all_work:
         _refuse(heaviest, axis, seed, length, f"{shared / all_work:.0%} of the model's products can be shared by ranks")
     if seed == "batch" and heaviest in plan.cuts and plan.places[heaviest.results[0]].length < axis.size:
         _refuse(heaviest, axis, seed, length, "some ranks would have nothing to do")
