@@ -10,6 +10,7 @@ The analysis is `paracompile.layout`, which knows no operator; it is given the t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NoReturn
 
 import torch
@@ -49,6 +50,7 @@ def _plan(gm: fx.GraphModule, axis: Axis, seed: Seed) -> Plan:
         gm.graph, rule_for=rule_for, find_attentions=find_attentions, flops=flops_of, ranks=axis.size, seed=seed
     )
     _check_randomness(plan)
+    _check_flex_attention(gm.graph, plan, axis)
     _check_attention(plan, axis, seed)
     return plan
 
@@ -67,6 +69,24 @@ def _check_overlap(plans: Sequence[Plan]) -> None:
                     "the ranks of the batch axis and those of the sequence would cut the same dimension of it",
                     "call init_mesh without max_batch_dim_size",
                 )
+
+
+def _check_flex_attention(graph: fx.Graph, plan: Plan, axis: Axis) -> None:
+    """What hides keys from queries in flex attention is a function of their positions, of which a rank has others.
+
+    A small one, as in a refiner of the text, is computed whole on every rank.
+    """
+    largest = max((attention.flops for attention in plan.attentions.values()), default=0)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.flex_attention):
+        query, key, value = (tuple(operand.meta["val"].shape) for operand in node.args[:3])
+        if 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1]) > largest:
+            raise GraphError(
+                node,
+                f"it has queries {query} and keys {key}, and cannot be cut: each of the {axis.size} ranks would do "
+                "all of it",
+                "set the model's attention backend to PyTorch's own (model.set_attention_backend('native')), or run "
+                "the model on one rank",
+            )
 
 
 def _check_attention(plan: Plan, axis: Axis, seed: Seed) -> None:

@@ -34,6 +34,7 @@ from small_models import (
     text_tokens,
 )
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from paracompile.errors import GraphError
 
@@ -599,6 +600,43 @@ def test_a_graph_without_attention_is_refused() -> None:
     with pytest.raises(GraphError, match="no scaled_dot_product_attention") as caught:
         shard(nn.Linear(10, 10), [image_tokens()])
     assert "set_attention_backend" in str(caught.value)
+
+
+class FlexAttention(SelfAttention):
+    """Each token attends to those before it."""
+
+    def forward(self, x: Tensor, **how: Any) -> Tensor:
+        q, k, v = (heads(to(x), 4) for to in (self.to_q, self.to_k, self.to_v))
+        attended = flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: torch.where(i >= j, score, -torch.inf))
+        assert isinstance(attended, Tensor)
+        return self.to_out(merge(attended))
+
+
+@pytest.mark.parametrize("mesh", [2, {"batch": 2}], ids=mesh_name)
+def test_flex_attention_is_refused(mesh: Mesh) -> None:
+    model = Transformer()
+    model.blocks[0].attention = FlexAttention()
+    with pytest.raises(GraphError) as caught:
+        shard(randomise(model), [image_tokens()], mesh)
+    said = str(caught.value)
+    assert "it has queries (2, 4, 48, 18) and keys (2, 4, 48, 18), and cannot be cut" in said
+    assert "in module blocks.0.attention" in said
+    assert "model.set_attention_backend('native')" in said
+
+
+def test_flex_attention_that_is_small_beside_the_model_s_is_computed_whole() -> None:
+    class Refined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.refiner, self.joint = FlexAttention(), Joint()
+
+        def forward(self, image: Tensor, text: Tensor) -> Tensor:
+            image, text = self.joint(image, text + self.refiner(text))
+            return image
+
+    sharded = assert_sharded(randomise(Refined()), [image_tokens(WIDTH), text_tokens()])
+    assert sharded.report.attentions == 1
+    assert count(sharded.graphs[0])["flex_attention"] == 1
 
 
 def test_a_sequence_of_a_single_token_is_refused() -> None:

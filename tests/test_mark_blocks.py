@@ -13,8 +13,9 @@ from cached import ALWAYS, NEVER, CachedGraphs, cached
 from capture import Captured, assert_equal, capture, captured
 from families import Inputs
 from random_tensors import draw, randomise
-from small_models import BATCH, IMAGE, WIDTH, Block, Denoiser, count, image_tokens
+from small_models import BATCH, IMAGE, WIDTH, Block, Denoiser, SelfAttention, count, heads, image_tokens, merge
 from torch import Tensor, fx, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from paracompile.errors import GraphError, OptionError, module_paths
 from paracompile.mesh import Ranks
@@ -359,6 +360,36 @@ def test_an_autocast_region_that_ends_between_skipped_blocks_is_refused(start: i
         cached(of)
     assert "an autocast region begins or ends between blocks that may be skipped together" in str(caught.value)
     assert "remedy: put the model's blocks under one autocast region, or leave out rdt" in str(caught.value)
+
+
+# Attention that is no operator
+
+
+class Flex(SelfAttention):
+    """Attention whose bias, or whose mask, is a function of positions."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.bias = how, nn.Parameter(torch.ones(IMAGE, IMAGE))
+
+    def forward(self, x: Tensor, **how: Any) -> Tensor:
+        q, k, v = (heads(to(x), 4) for to in (self.to_q, self.to_k, self.to_v))
+        if self.how == "bias":
+            attended = flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score + self.bias[i, j])
+        else:
+            seen = x.mean(dim=-1) > -1
+            mask = create_block_mask(lambda b, h, i, j: (i >= j) & seen[b, j], BATCH, None, IMAGE, IMAGE, device="cpu")
+            attended = flex_attention(q, k, v, block_mask=mask)
+        assert isinstance(attended, Tensor)
+        return self.to_out(merge(attended))
+
+
+@pytest.mark.parametrize("how", ["bias", "mask"])
+def test_flex_attention(how: str) -> None:
+    model = Denoiser(4)
+    for block in model.blocks:
+        block.attention = Flex(how)
+    check_formula(model, 1)
 
 
 # The passes
