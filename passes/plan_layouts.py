@@ -1,8 +1,9 @@
 """Decides, on whole shapes, what the ranks cut and how: tokens over the sequence's ranks, rows over the batch axis'.
 
 Rows of a batch never meet, so batch parallelism (the conditional and the unconditional pass of classifier-free
-guidance, one on each half of the ranks) is the same analysis with another seed and no exchange. What is cut along one
-axis is decided without a look at the other: a value may be cut along both.
+guidance, one on each half of the ranks) is the same analysis with another seed and no exchange. A value may be cut
+along both axes; where both would cut one and the same part of it (rows that are tokens in another attention), it is
+cut as tokens.
 
 The analysis is `paracompile.layout`, which knows no operator; it is given the tables of `patterns`.
 """
@@ -37,38 +38,28 @@ def plan_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ra
         GraphError: no attention, random numbers inside the model, or neither its largest attention nor half of its
             products can be cut.
     """
+    tokens = _plan(gm, ranks.sequence, "tokens") if ranks.sequence_size > 1 else None
     if ranks.batch.size > 1:
-        found.plans[ranks.batch.name] = _plan(gm, ranks.batch, "batch")
-    if ranks.sequence_size > 1:
-        found.plans[ranks.sequence.name] = _plan(gm, ranks.sequence, "tokens")
-    _check_overlap(list(found.plans.values()))
+        found.plans[ranks.batch.name] = _plan(gm, ranks.batch, "batch", tokens)
+    if tokens is not None:
+        found.plans[ranks.sequence.name] = tokens
     return gm
 
 
-def _plan(gm: fx.GraphModule, axis: Axis, seed: Seed) -> Plan:
+def _plan(gm: fx.GraphModule, axis: Axis, seed: Seed, beside: Plan | None = None) -> Plan:
     plan = make_plan(
-        gm.graph, rule_for=rule_for, find_attentions=find_attentions, flops=flops_of, ranks=axis.size, seed=seed
+        gm.graph,
+        rule_for=rule_for,
+        find_attentions=find_attentions,
+        flops=flops_of,
+        ranks=axis.size,
+        seed=seed,
+        beside=beside,
     )
     _check_randomness(plan)
     _check_flex_attention(gm.graph, plan, axis)
     _check_attention(plan, axis, seed)
     return plan
-
-
-def _check_overlap(plans: Sequence[Plan]) -> None:
-    """Two axes may cut one dimension, one inside what the other cuts, but not one and the same part of it."""
-    if len(plans) < 2:
-        return
-    rows, tokens = plans
-    for operation in tokens.cuts.keys() & rows.cuts.keys():
-        for value in operation.results:
-            one, other = rows.result(value), tokens.result(value)
-            if one is not None and other is not None and not one.apart(other):
-                raise GraphError(
-                    operation.node,
-                    "the ranks of the batch axis and those of the sequence would cut the same dimension of it",
-                    "call init_mesh without max_batch_dim_size",
-                )
 
 
 def _check_flex_attention(graph: fx.Graph, plan: Plan, axis: Axis) -> None:

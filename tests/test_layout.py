@@ -38,7 +38,7 @@ from paracompile.layout.boundaries import Machine
 from paracompile.layout.factors import Place, Span, project, within
 from paracompile.layout.graph import Operation, Value, value_of
 from paracompile.layout.places import Attention
-from paracompile.layout.plan import Plan, Sharding, Shares, make_plan
+from paracompile.layout.plan import Plan, Sharding, Shares, apart, make_plan
 from paracompile.layout.segments import find_segments
 from paracompile.patterns.attention import find_attentions
 from paracompile.patterns.flops import flops_of
@@ -430,17 +430,17 @@ def test_a_value_that_two_axes_cut() -> None:
     shape = (3 * 10, 7)
     rows = Sharding(Place(0, 3, inner=10), (3,), Shares(2, 3))
     tokens = Sharding(Place(0, 10, outer=3), (4, 6), Shares(2, 6))
-    assert rows.apart(tokens)
-    assert tokens.apart(rows)
+    assert apart(rows.place, tokens.place)
+    assert apart(tokens.place, rows.place)
     for rank, local in ((0, 2), (1, 1)):
         here = rows.local_shape(shape, rank)
         assert here == (local * 10, 7)
         assert tokens.beside(rows, rank).place == Place(0, 10, outer=local)
         assert tokens.beside(rows, rank).local_shape(here, 0) == (local * 5, 7)
         assert rows.beside(tokens, rank).place == Place(0, 3, inner=5)
-    assert not tokens.apart(Sharding(Place(0, 15, outer=2), (15,), Shares(2, 15)))
+    assert not apart(tokens.place, Place(0, 15, outer=2))
     other = Sharding(Place(1, 7), (7,), Shares(2, 7))
-    assert tokens.apart(other)
+    assert apart(tokens.place, other.place)
     assert tokens.beside(other, 0) == tokens
 
 
@@ -616,6 +616,16 @@ def test_attention_in_space_and_in_time(frames: int, pixels: int, ranks: int) ->
     assert sharded.collectives == {"all_to_all_single": 4, "all_gather_into_tensor": 1}
     longer = max(frames, pixels)
     assert sharded.share == pytest.approx(-(-longer // ranks) / longer, rel=0.15)
+
+
+@pytest.mark.parametrize("batch, mesh, share", [(1, {"batch": 2}, 3 / 4), (2, {"batch": 2, "ulysses": 2}, 3 / 8)])
+def test_attention_in_space_and_in_time_on_a_batch_axis(batch: int, mesh: dict[str, int], share: float) -> None:
+    """Frames are rows in space and tokens in time, where the batch axis exchanges nothing: there it leaves them whole.
+
+    Pixels are rows in time, which the sequence's ranks cut already.
+    """
+    sharded = assert_sharded(randomise(SpaceAndTime()), [draw(batch, 4, 12, WIDTH)], mesh)
+    assert sharded.share == pytest.approx(share, rel=0.01)
 
 
 def test_two_sequences_that_meet_in_cross_attention_only() -> None:

@@ -122,17 +122,20 @@ def _carry(operation: Operation, slot: int, is_operand: bool, place: Place) -> l
     return carried
 
 
-def cut_of(operation: Operation, places: Mapping[Value, Place], attention: Attention | None) -> Cut | None:
+def cut_of(
+    operation: Operation, places: Mapping[Value, Place], attention: Attention | None, seed: Seed = "tokens"
+) -> Cut | None:
     """How the operation is cut if its results are to have their places; None where no factor allows it.
 
     An attention that exchanges tokens is cut along its queries whatever its rule says: a rank is given all that its
-    heads need, also where an ordinary cut would be wrong (a causal mask).
+    heads need, also where an ordinary cut would be wrong (a causal mask). Rows of a batch that are tokens of another
+    attention (a video's frames, between space and time) are not exchanged: that attention is whole.
     """
     if not operation.results or any(result not in places for result in operation.results):
         return None
     factors = operation.factors
     if attention is not None and exchanges(attention, places):
-        factors = [_query_factor(attention)]
+        factors = [_query_factor(attention)] if seed == "tokens" else []
     for factor in factors:
         token = within(places[operation.results[0]], factor.results[0], factor.size)
         if token is None:

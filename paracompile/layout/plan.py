@@ -70,11 +70,6 @@ class Sharding:
         place = self.place
         return (*shape[: place.dim], place.outer * self.local(rank) * place.inner, *shape[place.dim + 1 :])
 
-    def apart(self, other: Sharding) -> bool:
-        """Whether another axis may cut the same value as `other` says: another dimension, or what lies around this."""
-        one, two = self.place, other.place
-        return one.dim != two.dim or one.inner >= two.length * two.inner or two.inner >= one.length * one.inner
-
     def beside(self, other: Sharding, rank: int) -> Sharding:
         """This sharding, in a value of which `rank` holds only its part of what `other` cuts."""
         one, two = self.place, other.place
@@ -85,6 +80,11 @@ class Sharding:
         else:
             place = replace(one, inner=one.inner // two.length * other.local(rank))
         return replace(self, place=place)
+
+
+def apart(one: Place, other: Place) -> bool:
+    """Whether two axes may cut a value at these places: in two dimensions, or the one around what the other cuts."""
+    return one.dim != other.dim or one.inner >= other.length * other.inner or other.inner >= one.length * one.inner
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,10 @@ class Plan:
         attention = self.attentions.get(operation)
         return accepts(self.cuts[operation], slot, operation, attention, self.places)
 
+    def leaves(self, values: Sequence[Value], places: Mapping[Value, Place]) -> bool:
+        """Whether values may be cut at other places as well."""
+        return all(own is None or apart(own.place, places[value]) for value in values for own in [self.result(value)])
+
 
 def make_plan(
     graph: fx.Graph,
@@ -165,6 +169,7 @@ def make_plan(
     ranks: int,
     seed: Seed = "tokens",
     machine: Machine | None = None,
+    beside: Plan | None = None,
 ) -> Plan:
     """Analyses a normalised graph for `ranks` ranks that share its tokens.
 
@@ -176,6 +181,7 @@ def make_plan(
         ranks: over how many ranks tokens are cut.
         seed: "batch" cuts the rows of the batch instead of tokens.
         machine: what costs are weighed with.
+        beside: what another axis cuts already; no value is cut twice in one and the same part.
     """
     all_operations = operations(graph, rule_for)
     attentions = {attention.operation: attention for attention in find_attentions(all_operations)}
@@ -183,7 +189,8 @@ def make_plan(
     possible = {
         operation: cut
         for operation in all_operations
-        if (cut := cut_of(operation, places, attentions.get(operation))) is not None
+        if (cut := cut_of(operation, places, attentions.get(operation), seed)) is not None
+        and (beside is None or beside.leaves(operation.results, places))
     }
     (output,) = graph.find_nodes(op="output")
     outputs = [value_of(node) for node in output.all_input_nodes if is_tensor(node)]
