@@ -22,7 +22,8 @@ from paracompile.errors import GraphError
 from paracompile.layout.factors import Place
 from paracompile.layout.graph import is_tensor, node_of, operations, shape_of
 from paracompile.layout.places import Attention
-from paracompile.layout.plan import Sharding, Shares
+from paracompile.layout.plan import Sharding
+from paracompile.layout.shares import Shares
 from paracompile.mesh import Axis, Ranks
 from paracompile.passes.lower_attention import AttentionOnTokens, UnifiedAttention
 from paracompile.passes.tokens import all_tokens

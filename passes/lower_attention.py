@@ -18,7 +18,8 @@ from torch import fx
 
 import paracompile.runtime.kernels  # noqa: F401  (registers attention_with_lse)
 from paracompile.errors import GraphError
-from paracompile.layout.plan import Sharding, Shares
+from paracompile.layout.plan import Sharding
+from paracompile.layout.shares import Shares
 from paracompile.mesh import Ranks
 from paracompile.passes.tokens import in_order_of_arrival
 from paracompile.passes.writer import GraphWriter

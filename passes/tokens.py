@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 from paracompile.layout.factors import Place, Shape
-from paracompile.layout.plan import Sharding, Shares
+from paracompile.layout.plan import Sharding
+from paracompile.layout.shares import Shares
 from paracompile.runtime.collectives import Call, all_gather
 
 aten = torch.ops.aten

@@ -38,8 +38,9 @@ from paracompile.layout.boundaries import Machine
 from paracompile.layout.factors import Place, Span, project, within
 from paracompile.layout.graph import Operation, Value, value_of
 from paracompile.layout.places import Attention
-from paracompile.layout.plan import Plan, Sharding, Shares, apart, make_plan
-from paracompile.layout.segments import find_segments
+from paracompile.layout.plan import Plan, Sharding, apart, make_plan
+from paracompile.layout.segments import find_segments, too_fine
+from paracompile.layout.shares import Shares
 from paracompile.patterns.attention import find_attentions
 from paracompile.patterns.flops import flops_of
 from paracompile.patterns.rules import rule_for
@@ -326,7 +327,7 @@ def reorderings(operations: Iterable[Operation]) -> list[list[Operation]]:
 def test_segments_are_the_same_found_from_either_end(apart: tuple[int, ...] | None) -> None:
     plan = plan_of(randomise(Joined(apart=apart)), text_of(), image_tokens(WIDTH))
     for operations in reorderings(plan.cuts):
-        assert find_segments(operations, plan.cuts, plan.attentions, plan.places) == plan.segments
+        assert find_segments(operations, plan.cuts, plan.attentions, plan.places, 2) == plan.segments
 
 
 def test_a_slice_in_the_middle_cuts_the_whole_sequence_at_its_edges() -> None:
@@ -372,6 +373,86 @@ def test_what_only_moves_tokens_in_pieces_is_cut(middle: Callable[[Tensor], Tens
     assert sharded.report.notes == ()
     assert sharded.collectives == {"all_to_all_single": 4, "all_gather_into_tensor": 1}
     assert sharded.whole_operations() == []
+
+
+# Windows that do not align
+
+
+class Moving(nn.Module):
+    """Two blocks, and before each something that moves tokens against each other."""
+
+    def __init__(self, move: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.proj_in, self.proj_out = nn.Linear(10, WIDTH), nn.Linear(WIDTH, 10)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.move = move
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj_in(x)
+        for block in self.blocks:
+            x = block(self.move(x))
+        return self.proj_out(x)
+
+
+MISALIGNED: dict[str, Callable[[Tensor], Tensor]] = {
+    "the token before": lambda x: x + torch.cat([x[:, -1:], x[:, :-1]], dim=1),
+    "differences": lambda x: torch.cat([x[:, :1], x[:, 1:] - x[:, :-1]], dim=1),
+    "token by token": lambda x: torch.cat([part * number for number, part in enumerate(x.split(1, dim=1))], dim=1),
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", MISALIGNED)
+def test_windows_that_do_not_align_are_gathered(name: str, ranks: int) -> None:
+    """Otherwise a token would have to be where the one before it is: all on one rank."""
+    sharded = assert_sharded(randomise(Moving(MISALIGNED[name])), [image_tokens()], ranks, tolerance=1e-5)
+    lengths = [*sharded.plan.segments.values.values(), *sharded.plan.segments.operands.values()]
+    assert not any(too_fine(each, ranks) for each in lengths)
+    assert sharded.share < 1.35 / ranks
+    assert sharded.report.attentions == 2
+    if name != "guidance":  # whose parts are few enough
+        assert any(
+            "pieces too small to share, at" in note and "test_layout.py" in note for note in sharded.report.notes
+        )
+
+
+@pytest.mark.parametrize("name", ["the token before", "differences"])
+def test_a_long_sequence_has_few_segments(name: str) -> None:
+    plan = plan_of(randomise(Moving(MISALIGNED[name])), draw(1, 2048, 10))
+    assert max(map(len, plan.segments.values.values())) <= 3
+    assert len(plan.misaligned) == 2
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_guidance_between_two_halves_of_the_tokens_is_cut(ranks: int) -> None:
+    """Two segments are few enough, also where they do not divide."""
+
+    def after(x: Tensor) -> Tensor:
+        conditional, other = x.chunk(2, dim=1)
+        return other + 3 * (conditional - other)
+
+    sharded = assert_sharded(randomise(Transformer(after=after)), [draw(BATCH, 50, 10)], ranks)
+    assert sharded.report.notes == ()
+    assert sharded.share < 1.15 / ranks
+
+
+@pytest.mark.parametrize(
+    "lengths, ranks, expected",
+    [
+        ((48,), 4, False),
+        ((1,), 2, False),
+        ((5, 13), 2, False),
+        ((6, 13, 1), 4, False),
+        ((1, 4, 1), 4, False),  # a token more than an even share
+        ((1, 1), 2, True),
+        ((1,) * 3, 2, True),
+        ((1,) * 48, 4, True),
+        ((16,) * 64, 4, False),
+        ((16,) * 65, 4, True),
+    ],
+)
+def test_what_is_too_fine(lengths: tuple[int, ...], ranks: int, expected: bool) -> None:
+    assert too_fine(lengths, ranks) == expected
 
 
 # Shares

@@ -51,12 +51,14 @@ class Cut:
         token: their place in the factor.
         operands: the place each operand must have; None for one that must be whole.
         results: the place each result has.
+        gathered: operands that are taken as if they were whole: cut anew, as this operation has them.
     """
 
     factor: Factor
     token: Place
     operands: tuple[Place | None, ...]
     results: tuple[Place, ...]
+    gathered: frozenset[int] = frozenset()
 
 
 Seed = Literal["tokens", "batch"]
@@ -182,6 +184,8 @@ def accepts(
     arrive). Every other operation takes just what its factor says.
     """
     value = operation.operands[slot]
+    if slot in cut.gathered:
+        return False
     if attention is not None and exchanges(attention, places) and slot != attention.query:
         return slot != attention.mask and _at_tokens(value, places)
     return places.get(value) == cut.operands[slot]

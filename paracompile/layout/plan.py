@@ -13,44 +13,8 @@ from paracompile.layout.boundaries import Machine, choose
 from paracompile.layout.factors import Place, Rule, Shape
 from paracompile.layout.graph import Operation, Value, is_tensor, operations, value_of
 from paracompile.layout.places import Attention, Cut, Seed, accepts, cut_of, exchanges, propagate
-from paracompile.layout.segments import Lengths, Segments, find_segments
-
-
-@dataclass(frozen=True)
-class Shares:
-    """How many tokens of a segment each rank holds.
-
-    A segment that does not divide leaves a remainder of one token for some ranks: those of the longest segment
-    (`longest` tokens, the image) go to the first ranks, those of all others to the last, so that no rank gets all.
-
-    attributes:
-        ranks: over how many ranks each segment is cut.
-        longest: length of the longest segment in the graph.
-        chunked: cut as `torch.chunk` cuts instead: every rank the length divided by the ranks, rounded up, while it
-            lasts.
-    """
-
-    ranks: int
-    longest: int
-    chunked: bool = False
-
-    def of(self, length: int) -> tuple[int, ...]:
-        """Tokens of a segment of `length` on each rank."""
-        if self.chunked:
-            most = -(-length // self.ranks)
-            return tuple(max(0, min(most, length - rank * most)) for rank in range(self.ranks))
-        each, rest = divmod(length, self.ranks)
-        sizes = tuple(each + (rank < rest) for rank in range(self.ranks))
-        return sizes if length == self.longest else sizes[::-1]
-
-    def window(self, length: int, rank: int) -> tuple[int, int]:
-        """First position and number of the tokens that `rank` holds of a segment of `length`."""
-        sizes = self.of(length)
-        return sum(sizes[:rank]), sizes[rank]
-
-    def local(self, segments: Lengths, rank: int) -> int:
-        """Tokens of all `segments` on `rank`."""
-        return sum(self.of(length)[rank] for length in segments)
+from paracompile.layout.segments import Segments, find_segments
+from paracompile.layout.shares import Lengths, Shares
 
 
 @dataclass(frozen=True)
@@ -98,6 +62,9 @@ class Plan:
         places: the tokens' place in every value they run through, cut or not.
         segments: the segments of what is cut.
         shares: how segments are shared out.
+        left_whole: operations that could be cut, and are whole because that is cheaper.
+        misaligned: operations that would have cut their tokens into pieces too small to share, so that what they read
+            is gathered.
     """
 
     operations: Sequence[Operation]
@@ -106,6 +73,8 @@ class Plan:
     places: Mapping[Value, Place]
     segments: Segments
     shares: Shares
+    left_whole: frozenset[Operation]
+    misaligned: Sequence[Operation]
 
     @cached_property
     def by_node(self) -> Mapping[fx.Node, Operation]:
@@ -194,8 +163,24 @@ def make_plan(
     }
     (output,) = graph.find_nodes(op="output")
     outputs = [value_of(node) for node in output.all_input_nodes if is_tensor(node)]
-    chosen = choose(all_operations, outputs, possible, attentions, places, flops, ranks, machine or Machine())
-    cuts = {operation: cut for operation, cut in possible.items() if operation in chosen}
-    segments = find_segments(cuts, cuts, attentions, places)
+    misaligned: dict[Operation, None] = {}
+    while True:
+        chosen = choose(all_operations, outputs, possible, attentions, places, flops, ranks, machine or Machine())
+        cuts = {operation: cut for operation, cut in possible.items() if operation in chosen}
+        segments = find_segments(cuts, cuts, attentions, places, ranks)
+        if not segments.misaligned:
+            break
+        misaligned.update(dict.fromkeys(segments.misaligned))
+        looser = {**possible, **segments.misaligned}
+        possible = {operation: cut for operation, cut in looser.items() if cut is not None}
     longest = max((length for lengths in segments.values.values() for length in lengths), default=0)
-    return Plan(all_operations, attentions, cuts, places, segments, Shares(ranks, longest))
+    return Plan(
+        operations=all_operations,
+        attentions=attentions,
+        cuts=cuts,
+        places=places,
+        segments=segments,
+        shares=Shares(ranks, longest),
+        left_whole=frozenset(possible.keys() - cuts.keys()),
+        misaligned=tuple(misaligned),
+    )

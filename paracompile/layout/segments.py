@@ -3,20 +3,37 @@
 A joint sequence is [text, image]: `cat` joins it, `split` and slices take it apart, and a rank holds
 [its text, its image]. So the edges of every `cat`, `split` and slice that a value takes part in are edges of the value,
 and of every value that must be cut alike. They are collected to a fixed point over the operations' windows.
+
+Windows that do not align have no end to that: in `x + cat([x[:, -1:], x[:, :-1]], 1)` a token must be where the one
+before it is, so all are on one rank, in pieces of one token. So operations are taken in order, and one that would cut
+a value too finely (`too_fine`) takes an operand through a gather instead, cut anew, or is left whole.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from paracompile.layout.factors import Factor, Place, Span
-from paracompile.layout.graph import Operation, Value, shape_of
+from paracompile.layout.graph import Operation, Value, bytes_of, shape_of
 from paracompile.layout.places import Attention, Cut, accepts, exchanges
+from paracompile.layout.shares import Lengths, Shares
 
-Lengths = tuple[int, ...]
+_MOST_SEGMENTS = 64
+"""A gather puts every segment of every rank into its place."""
+_MOST_UNEVEN = 1.25
+"""What the fullest rank may hold of a value, as a multiple of an even share."""
+
+
+def too_fine(lengths: Lengths, ranks: int) -> bool:
+    """Whether segments are too many, or leave one rank with much more than its share: a token more is no matter."""
+    if len(lengths) > _MOST_SEGMENTS:
+        return True
+    shares, tokens = Shares(ranks, max(lengths, default=0)), sum(lengths)
+    even, most = -(-tokens // ranks), max(shares.local(lengths, rank) for rank in range(ranks))
+    return most > _MOST_UNEVEN * even and (most > even + 1 or most == tokens)
 
 
 @dataclass(frozen=True)
@@ -35,10 +52,13 @@ class Segments:
     attributes:
         values: segment lengths of each cut value, in order.
         operands: segment lengths of operands by operation and slot.
+        misaligned: the operations that would have cut a value too finely, each with the cut that does not: some
+            operands are taken through a gather. None where none is left, and the operation must be whole.
     """
 
     values: Mapping[Value, Lengths]
     operands: Mapping[tuple[Operation, int], Lengths]
+    misaligned: Mapping[Operation, Cut | None]
 
 
 def find_segments(
@@ -46,87 +66,148 @@ def find_segments(
     cuts: Mapping[Operation, Cut],
     attentions: Mapping[Operation, Attention],
     places: Mapping[Value, Place],
+    ranks: int,
 ) -> Segments:
-    """The segments of all values of the chosen operations."""
-    groups: list[tuple[Operation, list[Window]]] = []
+    """The segments of all values of the chosen operations, over so many ranks."""
+    chosen = list(chosen)
+    made = {result for operation in chosen for result in operation.results}
+    refinement = _Refinement(ranks)
+    misaligned: dict[Operation, Cut | None] = {}
     for operation in chosen:
-        groups.extend((operation, windows) for windows in _windows(operation, cuts, attentions, places))
-    made = {result for operation, _ in groups for result in operation.results}
+        attention = attentions.get(operation)
+        candidates = _looser(operation, cuts[operation], attention, places)
+        taken = (cut for cut in candidates if refinement.take(_groups(operation, cut, attention, places, made)))
+        cut = next(taken, None)
+        if cut != cuts[operation]:
+            misaligned[operation] = cut
+    return Segments(refinement.values(), refinement.operands(), misaligned)
 
-    def value_in(operation: Operation, slot: int) -> Value | None:
-        """The cut value in the slot, or None if it is cut only on entering the operation."""
-        count = len(operation.operands)
-        if slot >= count:
-            return operation.results[slot - count]
-        value = operation.operands[slot]
-        cut_alike = accepts(cuts[operation], slot, operation, attentions.get(operation), places)
-        return value if value in made and cut_alike else None
 
-    edges: dict[Value, set[int]] = defaultdict(set)
-    seen_by: dict[Value, list[int]] = defaultdict(list)
-    for number, (operation, windows) in enumerate(groups):
-        for window in windows:
-            value = value_in(operation, window.slot)
-            if value is not None:
-                seen_by[value].append(number)
+def _looser(
+    operation: Operation, cut: Cut, attention: Attention | None, places: Mapping[Value, Place]
+) -> Iterable[Cut]:
+    """`cut`, then with one operand gathered before it, the cheapest and latest first, and at last with all of them."""
+    yield cut
+    tied = [slot for slot in range(len(operation.operands)) if accepts(cut, slot, operation, attention, places)]
+    order = {slot: (bytes_of(operation.operands[slot]), -slot) for slot in tied}
+    for slot in sorted(tied, key=order.__getitem__):
+        yield replace(cut, gathered=cut.gathered | {slot})
+    if len(tied) > 1:
+        yield replace(cut, gathered=cut.gathered | set(tied))
 
-    def edges_of(number: int) -> set[int]:
-        operation, windows = groups[number]
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Slots of an operation that must be cut alike, each with the value in it if that is cut where it is made."""
+
+    operation: Operation
+    windows: tuple[tuple[Window, Value | None], ...]
+
+    @property
+    def values(self) -> set[Value]:
+        return {value for _, value in self.windows if value is not None}
+
+
+class _Refinement:
+    """The edges of all values that are cut, kept at a fixed point while operations are added.
+
+    attributes:
+        ranks: over how many ranks.
+        edges: of each value.
+        groups: those taken so far, by the values in them; all of them under None.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self.edges: dict[Value, frozenset[int]] = defaultdict(frozenset)
+        self.groups: dict[Value | None, dict[_Group, None]] = defaultdict(dict)
+
+    def take(self, groups: Sequence[_Group]) -> bool:
+        """Adds what must be cut alike in one operation; changes nothing where that would cut anything too finely."""
+        before: dict[Value, frozenset[int]] = {}
+        for group in groups:
+            for value in (None, *group.values):
+                self.groups[value][group] = None
+        if self._refine(groups, before):
+            return True
+        self.edges.update(before)
+        for group in groups:
+            for value in (None, *group.values):
+                del self.groups[value][group]
+        return False
+
+    def _refine(self, groups: Sequence[_Group], before: dict[Value, frozenset[int]]) -> bool:
+        """Carries edges until nothing changes; notes in `before` what changed; False once anything is too fine."""
+        waiting = dict.fromkeys(groups)
+        while waiting:
+            group = next(iter(waiting))
+            del waiting[group]
+            found = self._edges_of(group)
+            for window, value in group.windows:
+                inside = _inside(found, window)
+                edges = inside if value is None else self.edges[value] | inside
+                if value is not None:
+                    if edges == self.edges[value]:
+                        continue
+                    before.setdefault(value, self.edges[value])
+                    self.edges[value] = edges
+                    waiting.update(self.groups[value])
+                if too_fine(_lengths(edges), self.ranks):
+                    return False
+        return True
+
+    def _edges_of(self, group: _Group) -> set[int]:
         found: set[int] = set()
-        for window in windows:
-            value = value_in(operation, window.slot)
+        for window, value in group.windows:
             found |= {window.start, window.start + window.length}
-            found |= {window.start + edge for edge in edges[value]} if value is not None else set()
+            found |= {window.start + edge for edge in self.edges[value]} if value is not None else set()
         return found
 
-    waiting = deque(range(len(groups)))
-    queued = set(waiting)
-    while waiting:
-        number = waiting.popleft()
-        queued.discard(number)
-        operation, windows = groups[number]
-        found = edges_of(number)
-        for window in windows:
-            value = value_in(operation, window.slot)
-            if value is None:
-                continue
-            inside = {edge - window.start for edge in found if 0 <= edge - window.start <= window.length}
-            if not inside <= edges[value]:
-                edges[value] |= inside
-                again = [other for other in seen_by[value] if other not in queued]
-                waiting.extend(again)
-                queued.update(again)
+    def values(self) -> dict[Value, Lengths]:
+        return {value: _lengths(edges) for value, edges in self.edges.items()}
 
-    operands: dict[tuple[Operation, int], Lengths] = {}
-    for number, (operation, windows) in enumerate(groups):
-        found = edges_of(number)
-        for window in windows:
-            if window.slot < len(operation.operands):
-                inside = {edge - window.start for edge in found if 0 <= edge - window.start <= window.length}
-                operands[operation, window.slot] = _lengths(inside)
-    return Segments({value: _lengths(found) for value, found in edges.items()}, operands)
+    def operands(self) -> dict[tuple[Operation, int], Lengths]:
+        """The segments that each operation takes each of its operands in."""
+        return {
+            (group.operation, window.slot): _lengths(_inside(found, window))
+            for group in self.groups[None]
+            for found in [self._edges_of(group)]
+            for window, _ in group.windows
+            if window.slot < len(group.operation.operands)
+        }
 
 
-def _lengths(edges: set[int]) -> Lengths:
+def _inside(edges: Iterable[int], window: Window) -> frozenset[int]:
+    return frozenset(edge - window.start for edge in edges if 0 <= edge - window.start <= window.length)
+
+
+def _lengths(edges: Iterable[int]) -> Lengths:
     ordered = sorted(edges)
     return tuple(stop - start for start, stop in pairwise(ordered))
 
 
-def _windows(
+def _groups(
     operation: Operation,
-    cuts: Mapping[Operation, Cut],
-    attentions: Mapping[Operation, Attention],
+    cut: Cut,
+    attention: Attention | None,
     places: Mapping[Value, Place],
-) -> list[list[Window]]:
-    """The groups of slots that must be cut alike: one along the operation's factor, one for exchanged keys."""
-    cut = cuts[operation]
-    attention = attentions.get(operation)
+    made: set[Value],
+) -> list[_Group]:
+    """The slots that must be cut alike: those along the operation's factor, and exchanged keys and values."""
+
+    def value_in(slot: int) -> Value | None:
+        count = len(operation.operands)
+        if slot >= count:
+            return operation.results[slot - count]
+        value = operation.operands[slot]
+        return value if value in made and accepts(cut, slot, operation, attention, places) else None
+
     slots = enumerate(cut.factor.operands + cut.factor.results)
-    groups = [[_window(slot, span, cut.factor, cut.token) for slot, span in slots if span is not None]]
+    windows = [[_window(slot, span, cut.factor, cut.token) for slot, span in slots if span is not None]]
     if attention is not None and exchanges(attention, places):
         keys = (attention.key, attention.value)
-        groups.append([Window(slot, 0, shape_of(operation.operands[slot])[-2]) for slot in keys])
-    return groups
+        windows.append([Window(slot, 0, shape_of(operation.operands[slot])[-2]) for slot in keys])
+    return [_Group(operation, tuple((window, value_in(window.slot)) for window in alike)) for alike in windows]
 
 
 def _window(slot: int, span: Span, factor: Factor, token: Place) -> Window:

@@ -133,6 +133,9 @@ def in_pieces(why_a_piece: str) -> str:
     )
 
 
+_TOO_FINE = "which would cut tokens into pieces too small to share"
+
+
 def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool = False) -> Report:
     """The report of a graph of which only the compiling is still to come.
 
@@ -156,7 +159,7 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
         if kind is not None:
             collectives[kind] += 1
             sent += _bytes_sent(kind, node, ranks)
-    notes = [note for each in plans for note in (*_whole(each), *_notes(each))]
+    notes = [note for each in plans for note in (*_whole(each), *_gathers(each), *_misaligned(each))]
     report = Report(
         ranks=ranks.size,
         why_a_piece=found.why_a_piece,
@@ -224,16 +227,35 @@ def _whole(plan: Plan) -> list[str]:
     ]
 
 
-def _notes(plan: Plan) -> list[str]:
+def _gathers(plan: Plan) -> list[str]:
     """One line for each gather on the way; the last one, after which nothing is cut any more, is no news."""
     readers: dict[Any, list[Operation]] = {}
     for operation, value in plan.unmatched():
         if operation in plan.cuts or _leads_back(operation, plan):
             readers.setdefault(value, []).append(operation)
     return [
-        f"gathered {value.node.name} ({bytes_of(value):,} bytes) for {_spelled(operations[0])}"
+        f"gathered {value.node.name} ({bytes_of(value):,} bytes) for "
+        + _spelled(operations[0], _why(operations[0], plan))
         + (f" and {len(operations) - 1} more" if len(operations) > 1 else "")
         for value, operations in readers.items()
+    ]
+
+
+def _why(operation: Operation, plan: Plan) -> str:
+    if operation.rule is None:
+        return "which has no rule"
+    if operation in plan.misaligned:
+        return _TOO_FINE
+    return "which is cheaper whole" if operation in plan.left_whole else "which needs all tokens"
+
+
+def _misaligned(plan: Plan) -> list[str]:
+    """What makes a gather necessary that is found further up, where nobody would look for the reason."""
+    readers = {operation for operation, _ in plan.unmatched()}
+    return [
+        f"whole before {_spelled(operation, _TOO_FINE)}"
+        for operation in plan.misaligned
+        if operation not in readers and (operation in plan.cuts or _leads_back(operation, plan))
     ]
 
 
@@ -251,8 +273,7 @@ def _leads_back(operation: Operation, plan: Plan) -> bool:
     return False
 
 
-def _spelled(operation: Operation) -> str:
+def _spelled(operation: Operation, why: str) -> str:
     node = operation.node
-    why = "has no rule" if operation.rule is None else "needs all tokens"
     where = " in ".join(filter(None, [source_line(node), module_path(node)]))
-    return f"{node.name} = {node.target}, which {why}" + (f", at {where}" if where else "")
+    return f"{node.name} = {node.target}, {why}" + (f", at {where}" if where else "")
