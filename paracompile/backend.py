@@ -29,7 +29,7 @@ from paracompile.report.dump import Dump
 from paracompile.report.report import NO_BLOCKS, Report, in_pieces, report_of
 from paracompile.runtime.agreement import Agreement
 from paracompile.runtime.cached_call import graph_compiled
-from paracompile.seen_again import seen_again
+from paracompile.seen_again import seen_again, seen_again_as_captured
 from paracompile.thresholds import default_rdt
 from paracompile.warm_up import warm_up
 
@@ -69,7 +69,7 @@ def paracompile(
 
     found = Found(why_a_piece=captured.why_a_piece)
     if found.why_a_piece is not None and not optional:
-        warnings.warn(in_pieces(found.why_a_piece), stacklevel=2)
+        warnings.warn(in_pieces(found.why_a_piece, ranks=ranks, caches=chosen.caches), stacklevel=2)
     if found.why_a_piece is not None and not ranks.is_single and not captured.has_attention():
         return _whole_on_every_rank(captured, chosen, ranks, found, agreement)
 
@@ -127,6 +127,7 @@ def _whole_on_every_rank(
     """A piece of a model that leaves nothing to share: sizes may stay symbols in it."""
     with agreement.stage("plan") as facts:
         captured.check_static()
+        found.seen_again = seen_again_as_captured(captured.gm)
         if options.shard_inputs:
             facts["graph"] = comparable(captured.gm.print_readable(print_output=False))
     with agreement.stage("compile"):

@@ -45,20 +45,20 @@ def as_called(
         threshold: of the cache.
     """
     changing = captured.changing
+    mode = options.inputs if options.shard_inputs and not ranks.is_single else "trust"
+    of_piece = found.why_a_piece is not None and mode != "trust"
     agree = InputAgreement(
-        mode=options.inputs if options.shard_inputs and not ranks.is_single else "trust",
+        mode=mode,
         indices=tuple(changing),
         group=ranks.group,
         source=ranks.members[0] if ranks.members else 0,
         names=tuple(node.name for node in changing.values()),
-        of_piece=found.why_a_piece is not None,
+        of_piece=of_piece,
         in_place=found.seen_again,
     )
     cache = found.cache
     if cache is None:
-        if agree.of_piece and not ranks.is_single:
-            return handing_on(run, agree, agree.indices)
-        return lambda *args: run(*agree(args))
+        return handing_on(run, agree, agree.indices) if of_piece else lambda *args: run(*agree(args))
     return CachedCall(
         run,
         prepare=agree,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from traceback import FrameSummary
 from types import FrameType
 from typing import Any, cast
 
@@ -122,14 +123,17 @@ class Captured:
     @property
     def why_a_piece(self) -> str | None:
         """Why this graph is only a piece of its model, beside others and code not compiled; None if it is all of it."""
-        if not (cast(Any, self.gm).compile_subgraph_reason.graph_break or _model_is_running()):
+        own = cast(Any, self.gm).compile_subgraph_reason
+        running = _running_model()
+        if not (own.graph_break or running):
             return None
-        if not graph_break_reasons:
+        before = (each for each in reversed(graph_break_reasons) if _files_of(each.user_stack) & running)
+        cause = own if own.graph_break else next(before, None)
+        if cause is None:
             return "called by code that Dynamo does not compile"
-        last = graph_break_reasons[-1]
-        where = last.user_stack[-1]
-        why = next(iter(last.reason.splitlines()), "")
-        return f"after a break at {where.filename}:{where.lineno}, in {where.name}: {why}"
+        where = cause.user_stack[-1]
+        why = next(iter(cause.reason.splitlines()), "")
+        return f"broken at {where.filename}:{where.lineno}, in {where.name}: {why}"
 
     @property
     def classes(self) -> list[str]:
@@ -165,11 +169,21 @@ class Captured:
         return bool(find_blocks(self.gm.graph))
 
 
-def _model_is_running() -> bool:
-    """Whether Dynamo was called by a line of a model that already runs, and not by what `torch.compile` returned."""
+def _running_model() -> set[str]:
+    """The files, outside of torch, that are being run between what `torch.compile` returned and Dynamo.
+
+    None where Dynamo has all of the model; else they called Dynamo again, for a piece of it.
+    """
     callers = itertools.dropwhile(lambda file: file != convert_frame.__file__, _files())
-    outside = itertools.dropwhile(lambda file: file.startswith(_TORCH) and file != eval_frame.__file__, callers)
-    return next(outside, eval_frame.__file__) != eval_frame.__file__
+    return {file for file in itertools.takewhile(lambda file: file != eval_frame.__file__, callers) if _outside(file)}
+
+
+def _files_of(stack: Iterable[FrameSummary]) -> set[str]:
+    return {frame.filename for frame in stack if _outside(frame.filename)}
+
+
+def _outside(file: str) -> bool:
+    return not file.startswith(_TORCH)
 
 
 def _files() -> Iterator[str]:

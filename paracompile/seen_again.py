@@ -6,14 +6,23 @@ What Dynamo hands back of an input that nothing was done to is the caller's own 
 
 from __future__ import annotations
 
-from torch import fx
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+from unittest import mock
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables import TensorVariable
 from torch._dynamo.variables.base import VariableTracker
+from torch._ops import OpOverload
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from paracompile.layout.graph import writes
 
-__all__ = ["seen_again"]
+__all__ = ["seen_again", "seen_again_as_captured"]
 
 
 def seen_again(graph: fx.Graph) -> frozenset[int]:
@@ -24,6 +33,49 @@ def seen_again(graph: fx.Graph) -> frozenset[int]:
         for place, node in enumerate(graph.find_nodes(op="placeholder"))
         if node.name in names or any(writes(user) and user.args[0] is node for user in node.users)
     )
+
+
+def seen_again_as_captured(gm: fx.GraphModule) -> frozenset[int]:
+    """The same of a graph as Dynamo hands it over, which is not functional, and whose sizes may be symbols."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    values = [node.meta["example_value"] for node in placeholders]
+    writes = _Writes()
+    for fake_mode in [value.fake_mode for value in values if isinstance(value, FakeTensor)][:1]:
+        with torch.no_grad(), mock.patch.object(fake_mode, "allow_non_fake_inputs", True), fake_mode, writes:
+            fx.Interpreter(gm).run(*values)
+    names = _handed_back()
+    return frozenset(
+        place
+        for place, (node, value) in enumerate(zip(placeholders, values, strict=True))
+        if node.name in names or (isinstance(value, Tensor) and _memory(value) in writes.memories)
+    )
+
+
+class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the memory of all that operators write to, themselves or a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.memories: set[int] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        for number, argument in enumerate(cast(OpOverload[..., Any], func)._schema.arguments):
+            if argument.is_write:
+                given = args[number] if number < len(args) else kwargs.get(argument.name)
+                self.memories |= {_memory(leaf) for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)}
+        return func(*args, **kwargs)
+
+
+def _memory(value: Tensor) -> int:
+    address: int = value.untyped_storage()._cdata
+    return address
 
 
 def _handed_back() -> frozenset[str]:

@@ -11,7 +11,6 @@ The analysis is `paracompile.layout`, which knows no operator; it is given the t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any, NoReturn
 
 import torch
@@ -24,7 +23,7 @@ from paracompile.layout.plan import Plan, make_plan
 from paracompile.mesh import Axis, Ranks
 from paracompile.passes.found import Found
 from paracompile.patterns.attention import find_attentions
-from paracompile.patterns.flops import flops_of
+from paracompile.patterns.flops import attention_flops, flops_of
 from paracompile.patterns.rules import rule_for
 
 _WORTH_SHARING = 0.5
@@ -70,7 +69,7 @@ def _check_flex_attention(graph: fx.Graph, plan: Plan, axis: Axis) -> None:
     largest = max((attention.flops for attention in plan.attentions.values()), default=0)
     for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.flex_attention):
         query, key, value = (tuple(operand.meta["val"].shape) for operand in node.args[:3])
-        if 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1]) > largest:
+        if attention_flops(query, key, value) > largest:
             raise GraphError(
                 node,
                 f"it has queries {query} and keys {key}, and cannot be cut: each of the {axis.size} ranks would do "
@@ -118,7 +117,7 @@ def _refuse(attention: Operation, axis: Axis, seed: Seed, length: int, problem: 
     raise GraphError(
         attention.node,
         f"the graph's largest attention has {length} query tokens for the {axis.size} ranks of its sequence: {problem}",
-        "use fewer ranks, or give some of them to the batch: init_mesh(..., max_batch_dim_size=...)",
+        "use fewer ranks, or, for a batch of several, give them to it: init_mesh(..., max_batch_dim_size=...)",
     )
 
 

@@ -5,7 +5,7 @@ Only products are counted, as they are nearly all of a transformer's arithmetic;
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -29,6 +29,11 @@ def flops(op: Op) -> int:
 def flops_of(operation: Operation) -> int:
     """Twice the multiply-adds of an operation; 0 where it is no ATen operator."""
     return flops(operation.op) if operation.op is not None else 0
+
+
+def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
+    """Twice the multiply-adds of an attention whose queries have its whole batch."""
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _product(op: Op) -> int:
@@ -67,8 +72,7 @@ def _einsum(op: Op) -> int:
 def _attention(op: Op) -> int:
     """Scores and weighted values. A causal mask is not counted as a saving, as flop_counter does not either."""
     query, key, value = op.operands[:3]
-    batch = prod(op.results[0][:-2])
-    return 2 * batch * query[-2] * key[-2] * (query[-1] + value[-1])
+    return attention_flops((*op.results[0][:-2], *query[-2:]), key, value)
 
 
 def _convolution(op: Op) -> int:

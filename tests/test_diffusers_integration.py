@@ -9,6 +9,7 @@ import io
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from random_tensors import draw, randomise
 from torch import Tensor, nn
 
 from paracompile import cache_stats, set_rdt
+from paracompile.integrations import diffusers as diffusers_integration
 from paracompile.integrations.diffusers import listen
 from paracompile.runtime.slots import current_generation
 
@@ -356,6 +358,15 @@ from diffusers import CacheMixin, DiffusionPipeline, LoopSequentialPipelineBlock
 for method in (CacheMixin.cache_context, DiffusionPipeline.progress_bar, LoopSequentialPipelineBlocks.progress_bar):
     assert hasattr(method, "_paracompile_listens")
 """
+
+
+def test_a_diffusers_that_lost_what_is_listened_to_is_told_of() -> None:
+    module = types.ModuleType("diffusers.models.cache_utils")
+    with (
+        pytest.warns(UserWarning, match="has no cache_context"),
+        pytest.warns(UserWarning, match="has no _reset_state"),
+    ):
+        diffusers_integration._wrap(module)
 
 
 def test_diffusers_may_be_imported_after_the_backend() -> None:

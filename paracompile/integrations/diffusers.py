@@ -1,6 +1,6 @@
 """Listens to diffusers: which pass a pipeline is in, and when a generation begins and ends.
 
-Three methods of base classes are wrapped, once, as diffusers is loaded or when the backend is; they do what they did,
+Three methods of base classes are wrapped, once, when both diffusers and the backend are loaded; they do what they did,
 and
 
 - `CacheMixin.cache_context(name)` also names the slot of the first block cache ("cond", "uncond");
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
@@ -40,8 +41,7 @@ def listen() -> None:
 
 
 class _Listener(MetaPathFinder):
-    """Sees to it that modules are wrapped as soon as they are loaded: a first call within `cache_context` is too late
-    to wrap it."""
+    """Wraps modules as soon as they are loaded: within `cache_context` it would be too late."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -60,13 +60,20 @@ class _Listener(MetaPathFinder):
 
 
 def _wrap(module: ModuleType) -> None:
-    """Wraps the methods of the classes that a module defines."""
-    wrappers = _WRAPPED[module.__name__]
-    for holder in [each for each in vars(module).values() if isinstance(each, type)]:
-        for name in wrappers.keys() & vars(holder).keys():
+    """Wraps the methods of the classes that a module defines; warns of those that it has no more."""
+    classes = [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__]
+    for name, wrapper in _WRAPPED[module.__name__].items():
+        holders = [holder for holder in classes if name in vars(holder)]
+        if not holders:
+            warnings.warn(
+                f"paracompile: {module.__name__} has no {name}: the first block cache does not hear of it. Name passes "
+                "by paracompile.cache_context, call paracompile.reset_cache before each generation, and report this",
+                stacklevel=2,
+            )
+        for holder in holders:
             original = vars(holder)[name]
-            if holder.__module__ == module.__name__ and not hasattr(original, _MARK):
-                wrapped = functools.wraps(original)(wrappers[name](original))
+            if not hasattr(original, _MARK):
+                wrapped = functools.wraps(original)(wrapper(original))
                 setattr(wrapped, _MARK, True)
                 setattr(holder, name, wrapped)
 

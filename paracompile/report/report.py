@@ -64,7 +64,7 @@ class Report:
         blocks_skipped: how many of them it may skip.
         flops_skipped: operations of one rank in these.
         state_bytes: bytes that it stores on a rank for each slot.
-        notes: what was gathered on the way, and why.
+        notes: what was gathered on the way or left whole, and why.
         compilation: what compiling took; None where the graph went to the compiler in one piece.
     """
 
@@ -123,13 +123,18 @@ NO_BLOCKS = (
 )
 
 
-def in_pieces(why_a_piece: str) -> str:
-    """The warning for a model that runs in pieces."""
+def in_pieces(why_a_piece: str, *, ranks: Ranks, caches: bool) -> str:
+    """The warning for a model that runs in pieces, on several ranks or with blocks that were to be skipped."""
+    shared = (
+        " Each piece is sharded by itself and gathers what it hands on, and one without attention runs whole on every "
+        "rank."
+    )
+    skipped = " Blocks are skipped only in a piece that holds all of them."
     return (
-        f"paracompile: a graph is only a piece of its model, {why_a_piece}. Each piece is sharded by itself and "
-        "gathers what it hands on, a piece without attention runs whole on every rank, and blocks are skipped only in "
-        "a piece that holds all of them. Nothing of this is lost where other arguments avoid the break; "
-        "TORCH_LOGS=graph_breaks tells of every one."
+        f"paracompile: a graph is only a piece of its model, {why_a_piece}."
+        + shared * (not ranks.is_single)
+        + skipped * caches
+        + " Nothing of this is lost where other arguments avoid the break; TORCH_LOGS=graph_breaks tells of every one."
     )
 
 

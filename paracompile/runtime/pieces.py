@@ -19,8 +19,8 @@ def handing_on(
 ) -> Callable[..., Sequence[Any]]:
     """Calls a piece with what the ranks agree on.
 
-    What it writes to is written to in the caller's own tensors. What it returns is known from then on to be the same on
-    all ranks, as long as nobody writes to it; but not what it returns of an input, which is a copy on some ranks.
+    What it returns is known from then on to be the same on all ranks, as long as nobody writes to it; but not what it
+    returns of an input, which is a copy on some ranks.
 
     args:
         inputs: the places of what the ranks agree on, among the arguments.
@@ -28,12 +28,8 @@ def handing_on(
 
     def call(*args: Any) -> Sequence[Any]:
         agreed = agree(args)
-        sent = [(args[place], agreed[place], _version(agreed[place])) for place in inputs]
         outputs = piece(*agreed)
-        for own, copy, version in sent:
-            if copy is not own and _version(copy) != version:
-                own.copy_(copy)
-        held = {_memory(copy) for _, copy, _ in sent if isinstance(copy, Tensor)}
+        held = {_memory(agreed[place]) for place in inputs if isinstance(agreed[place], Tensor)}
         for value in outputs:
             if isinstance(value, Tensor) and _memory(value) not in held:
                 _handed_on[value] = _version(value)
@@ -51,5 +47,5 @@ def is_handed_on(value: Any) -> bool:
     return isinstance(value, Tensor) and value in _handed_on and _handed_on[value] == _version(value)
 
 
-def _version(value: Any) -> int | None:
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+def _version(value: Tensor) -> int | None:
+    return None if value.is_inference() else value._version

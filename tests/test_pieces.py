@@ -1,0 +1,53 @@
+"""What a piece of a model is, and what pieces hand to each other, in one process; on ranks see `test_pieces_on_gloo`."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from pieces import lumina2
+from random_tensors import draw
+from torch import Tensor, nn
+
+from paracompile.runtime.pieces import handing_on, is_handed_on
+
+OPTIONS = {"compiler": "eager", "rdt": 0.1}
+
+
+class Layer(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def warnings_of(call: object, *args: object, **kwargs: object) -> list[str]:
+    assert callable(call)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        call(*args, **kwargs)
+    return [str(each.message) for each in caught if str(each.message).startswith("paracompile")]
+
+
+def test_a_model_in_one_graph_is_no_piece() -> None:
+    compiled = torch.compile(nn.Sequential(Layer(8, 8)), backend="paracompile", options=OPTIONS)
+    assert not any("piece" in text for text in warnings_of(compiled, draw(2, 8)))
+
+
+def test_the_break_of_another_model_is_not_named() -> None:
+    model, inputs = lumina2()
+    told = warnings_of(torch.compile(model, backend="paracompile", options=OPTIONS), **inputs)
+    assert any("broken at" in text and "lumina2" in text for text in told)
+    assert not any("rank" in text for text in told)  # there is one
+
+    layers = nn.Sequential(Layer(8, 8), Layer(8, 8))
+    for layer in layers:
+        layer.compile(backend="paracompile", options=OPTIONS)
+    for text in warnings_of(layers, draw(2, 8)):
+        assert "lumina2" not in text
+
+
+def test_what_a_piece_returns_is_known_but_not_what_it_returns_of_its_inputs() -> None:
+    x = draw(2, 3)
+    itself, view, new = handing_on(lambda x: (x, x.view(-1), x + 1), list, [0])(x)
+    assert [is_handed_on(value) for value in (x, itself, view, new)] == [False, False, False, True]
+    new.add_(1)
+    assert not is_handed_on(new)
