@@ -84,9 +84,11 @@ def _handed_back() -> frozenset[str]:
     names: set[str] = set()
 
     def see(variable: VariableTracker) -> None:
-        # Others are not looked at: one that is not yet a tensor would become one, and a new input of the graph.
-        if isinstance(variable, TensorVariable) and variable.proxy.node.op == "placeholder":
-            names.add(variable.proxy.node.name)
+        # One that is not yet a tensor would become one if `isinstance` asked it, and a new input of the graph.
+        if issubclass(type(variable), TensorVariable):
+            source = cast(TensorVariable, variable).proxy.node
+            if source.op == "placeholder":
+                names.add(source.name)
 
     alive = [frame.stack, list(frame.symbolic_locals.values())]
     VariableTracker.visit(see, alive, side_effects=frame.output.side_effects)

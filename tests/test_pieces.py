@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from pieces import lumina2
+from pieces import glm_image, lumina2
 from random_tensors import draw
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from paracompile.runtime.pieces import handing_on, is_handed_on
+from paracompile.seen_again import seen_again_as_captured
 
 OPTIONS = {"compiler": "eager", "rdt": 0.1}
 
@@ -59,6 +62,23 @@ def test_the_break_of_another_model_is_not_named() -> None:
     told = warnings_of(torch.compile(BrokenInALoop(), backend="paracompile", options=OPTIONS), draw(2, 8))
     assert any("called by code that Dynamo does not compile" in text for text in told)
     assert not any("lumina2" in text for text in told)
+
+
+def test_asking_what_is_seen_again_leaves_the_graph_alone() -> None:
+    """Arguments of the model that this piece does not read are no inputs of it."""
+    model, inputs = glm_image()
+    asked: list[tuple[list[fx.Node], list[fx.Node]]] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        before = list(gm.graph.nodes)
+        seen_again_as_captured(gm)
+        asked.append((before, list(gm.graph.nodes)))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(**inputs)
+    assert len(asked) == 2
+    assert all(before == after for before, after in asked)
 
 
 def test_what_a_piece_returns_is_known_but_not_what_it_returns_of_its_inputs() -> None:
