@@ -6,6 +6,7 @@ What Dynamo hands back of an input that nothing was done to is the caller's own 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 from unittest import mock
@@ -91,5 +92,8 @@ def _handed_back() -> frozenset[str]:
                 names.add(source.name)
 
     alive = [frame.stack, list(frame.symbolic_locals.values())]
-    VariableTracker.visit(see, alive, side_effects=frame.output.side_effects)
+    if "side_effects" in inspect.signature(VariableTracker.visit).parameters:  # not yet in torch 2.11
+        VariableTracker.visit(see, alive, side_effects=frame.output.side_effects)
+    else:
+        VariableTracker.visit(see, alive)
     return frozenset(names)

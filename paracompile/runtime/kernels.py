@@ -2,8 +2,8 @@
 
 One operator, `paracompile::attention_with_lse`. The kernel is chosen by device and arguments when it runs:
 
-    CUDA, no mask, half precision               flash, or cuDNN where PyTorch prefers it
-    CUDA, otherwise                             efficient (a mask as an additive bias)
+    CUDA, no mask                               flash, cuDNN or efficient, as PyTorch would choose
+    CUDA, with a mask                           efficient (the mask as an additive bias, no larger than it came)
     CPU, no mask, values of the keys' size      PyTorch's flash kernel for the CPU
     everything else                             float32 arithmetic, below
 
@@ -13,8 +13,10 @@ No kernel ever sees an empty tensor, and a row that sees no key has the result 0
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -49,10 +51,7 @@ def attention_with_lse(
     )
     # The kernels step through the last dimension one by one, and the CPU's does not check that it may.
     query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
-    if mask is not None:
-        mask = mask.expand(*batch, heads, queries, key.shape[-2]).reshape(-1, heads, queries, key.shape[-2])
-        if offset is not None:
-            offset = offset.expand(*batch, heads, queries, 1).reshape(-1, heads, queries, 1)
+    mask, offset = _by_row(mask, batch), _by_row(offset, batch)
     kernel = _cuda if query.device.type == "cuda" else _cpu if query.device.type == "cpu" else reference
     result, lse = kernel(query, key, value, mask, offset, scale)
     return result.reshape(shape).contiguous(), lse.reshape(shape[:-1]).contiguous()
@@ -104,28 +103,48 @@ def _cpu(
 def _cuda(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    if mask is not None and mask.dtype is torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
-    if mask is not None and offset is not None:
-        mask = mask - offset
-    chosen = SDPBackend(torch._fused_sdp_choice(query, key, value, mask, 0.0, False, scale=scale))
-    queries = query.shape[-2]
-    if chosen is SDPBackend.FLASH_ATTENTION:
+    *rows_and_heads, queries, _ = query.shape
+    size, keys = value.shape[-1], key.shape[-2]
+    query, key, value = (_padded(part, 8) for part in (query, key, value))
+    bias = None
+    if mask is not None:
+        bias = mask
+        if mask.dtype is torch.bool:
+            bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
+        if offset is not None:
+            bias = bias - offset
+        bias = bias.to(query.dtype).expand(*bias.shape[:-1], keys)
+        hidden = (bias == -math.inf).all(-1)
+        # The efficient kernel wants rows of a bias to start at multiples of 16 elements.
+        bias = _padded(bias, 16)[..., :keys].expand(*rows_and_heads, queries, keys)
+    chosen = SDPBackend(torch._fused_sdp_choice(query, key, value, bias, 0.0, False, scale=scale))
+    # The members of this enumeration are made anew at each look: `is` never holds.
+    if chosen == SDPBackend.FLASH_ATTENTION:
         result, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
-    elif chosen is SDPBackend.CUDNN_ATTENTION and mask is None:
+    elif chosen == SDPBackend.CUDNN_ATTENTION and bias is None:
         result, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, scale=scale)
         lse = lse.reshape(*lse.shape[:2], -1)
     elif chosen in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-        bias = None if mask is None else _aligned(mask.to(query.dtype))
         result, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scale)
-        if mask is not None:
-            lse = lse[..., :queries].masked_fill((mask == -math.inf).all(-1), -math.inf)
     else:
-        return reference(query, key, value, mask, offset, scale)
-    return result, lse[..., :queries].float()  # kernels pad the LSE to their block size
+        result, lse = reference(query, key, value, bias, None, scale)
+    lse = lse[..., :queries].to(precise(query.dtype))  # kernels pad the LSE to their block size
+    if bias is not None:
+        lse = lse.masked_fill(hidden, -math.inf)
+    return result[..., :size], lse
 
 
-def _aligned(bias: Tensor) -> Tensor:
-    """The efficient kernel wants rows of a bias to start at multiples of 16 elements."""
-    keys = bias.shape[-1]
-    return torch.nn.functional.pad(bias, (0, -keys % 16))[..., :keys]
+def _by_row(mask: Tensor | None, batch: Sequence[int]) -> Tensor | None:
+    """A mask as (rows or 1, heads or 1, queries or 1, keys or 1): a row for all stays one."""
+    if mask is None:
+        return None
+    *outer, heads, queries, keys = (*[1] * (len(batch) + 3 - mask.dim()), *mask.shape)
+    mask = mask.reshape(*outer, heads, queries, keys)
+    if math.prod(outer) > 1:
+        mask = mask.expand(*batch, heads, queries, keys)
+    return mask.reshape(-1, heads, queries, keys)
+
+
+def _padded(x: Tensor, multiple: int) -> Tensor:
+    """Zeros at the end of the last dimension, up to a multiple; they change no score and no result."""
+    return F.pad(x, (0, -x.shape[-1] % multiple)) if x.shape[-1] % multiple else x
