@@ -62,11 +62,12 @@ def ring_attention(
         dtype: of the result.
     """
     result, lse = None, None
+    travelling = call(aten.cat.default, [call(aten.reshape.default, part, [-1]) for part in (key, value)])
     for step in range(ring.size):
         holder = (ring.rank - step) % ring.size
         following = None
         if step + 1 < ring.size:
-            following = _pass_on(call, key, value, key_shape, value_shape, ring, holder)
+            following = _pass_on(call, travelling, key_shape, value_shape, ring, holder)
         part = None
         if mask is not None:
             start = sum(ring.tokens[:holder])
@@ -79,7 +80,7 @@ def ring_attention(
             else merge(call, result, lse, present, present_lse)
         )
         if following is not None:
-            key, value = following
+            travelling, key, value = following
     return result if dtype is precise(dtype) else call(aten._to_copy.default, result, dtype=dtype)
 
 
@@ -100,39 +101,29 @@ def merge(call: Call, first: Any, first_lse: Any, second: Any, second_lse: Any) 
 
 
 def _pass_on(
-    call: Call,
-    key: Any,
-    value: Any,
-    key_shape: Sequence[int],
-    value_shape: Sequence[int],
-    ring: Ring,
-    holder: int,
-) -> tuple[Any, Any]:
-    """Sends the keys and values that `holder` began with to the next member, and takes the previous one's."""
+    call: Call, travelling: Any, key_shape: Sequence[int], value_shape: Sequence[int], ring: Ring, holder: int
+) -> tuple[Any, Any, Any]:
+    """Sends the keys and values that `holder` began with, as one flat tensor, to the next member.
+
+    returns: the same of the member before, and the keys and values in it.
+    """
     after, before = (ring.rank + 1) % ring.size, (ring.rank - 1) % ring.size
-    shapes = [[*shape[:-2], 0, shape[-1]] for shape in (key_shape, value_shape)]
+    previous = (holder - 1) % ring.size
 
-    def sizes(member: int) -> list[int]:
-        tokens = ring.tokens[member]
-        return [prod(shape[:-2]) * tokens * shape[-1] for shape in shapes]
+    def shapes(member: int) -> list[list[int]]:
+        return [[*shape[:-2], ring.tokens[member], shape[-1]] for shape in (key_shape, value_shape)]
 
-    sent, arriving = sizes(holder), sizes((holder - 1) % ring.size)
-    buffer = call(aten.cat.default, [call(aten.reshape.default, part, [-1]) for part in (key, value)])
+    sent, arriving = (sum(map(prod, shapes(member))) for member in (holder, previous))
     received = all_to_all(
         call,
-        buffer,
-        [sum(arriving) if member == before else 0 for member in range(ring.size)],
-        [sum(sent) if member == after else 0 for member in range(ring.size)],
+        travelling,
+        [arriving if member == before else 0 for member in range(ring.size)],
+        [sent if member == after else 0 for member in range(ring.size)],
         ring.group,
     )
-    tokens = ring.tokens[(holder - 1) % ring.size]
-    parts = [(0, arriving[0]), (arriving[0], sum(arriving))]
-    next_key, next_value = (
-        call(
-            aten.reshape.default,
-            call(aten.slice.Tensor, received, 0, start, stop),
-            [*shape[:-2], tokens, shape[-1]],
-        )
-        for (start, stop), shape in zip(parts, shapes, strict=True)
+    key, value = shapes(previous)
+    parts = ((key, 0, prod(key)), (value, prod(key), arriving))
+    return received, *(
+        call(aten.reshape.default, call(aten.slice.Tensor, received, 0, start, stop), shape)
+        for shape, start, stop in parts
     )
-    return next_key, next_value

@@ -5,6 +5,9 @@ the result back (Jacobs et al., DeepSpeed Ulysses, 2023). Tokens arrive ordered 
 the order of its keys, and the way back undoes it for the queries. Neither lengths nor heads need to divide: splits are
 as uneven as they are, and nothing is padded.
 
+What is sent lies in memory as (tokens, rows, heads, size), tokens outermost. So the tokens of all ranks arrive one behind
+the other, and the kernel takes them as they lie; what it returns, in the same layout, is sent as it lies.
+
 Each function takes `call(operator, *arguments)`, which runs the operator or writes it into a graph.
 """
 
@@ -43,8 +46,8 @@ class Exchange:
         return len(self.tokens)
 
     @property
-    def is_even(self) -> bool:
-        return len(set(self.heads)) == 1 and len(set(self.tokens)) == 1
+    def heads_are_even(self) -> bool:
+        return len(set(self.heads)) == 1
 
 
 def tokens_to_heads(call: Call, x: Any, shape: Sequence[int], exchange: Exchange) -> Any:
@@ -53,23 +56,20 @@ def tokens_to_heads(call: Call, x: Any, shape: Sequence[int], exchange: Exchange
         return x
     *batch, heads, tokens, size = shape
     rows, ranks, own = prod(batch), exchange.ranks, exchange.heads[exchange.rank]
-    target = [*batch, own, sum(exchange.tokens), size]
-    if exchange.is_even:
-        parts = call(aten.reshape.default, x, [rows, ranks, own, tokens, size])
-        received = _all_to_all(
-            call, call(aten.permute.default, parts, [1, 0, 2, 3, 4]), [1] * ranks, [1] * ranks, exchange
-        )
-        return call(aten.reshape.default, call(aten.permute.default, received, [1, 2, 0, 3, 4]), target)
-    x = call(aten.reshape.default, x, [rows, heads, tokens, size])
-    parts = _split(call, x, exchange.heads, 1)
-    sent = [rows * count * tokens * size for count in exchange.heads]
-    arriving = [rows * own * count * size for count in exchange.tokens]
-    received = _all_to_all(call, _flat(call, parts), arriving, sent, exchange)
-    pieces = [
-        call(aten.reshape.default, piece, [rows, own, count, size])
-        for piece, count in zip(_split(call, received, arriving, 0), exchange.tokens, strict=True)
-    ]
-    return call(aten.reshape.default, call(aten.cat.default, pieces, 2), target)
+    if exchange.heads_are_even:
+        x = call(aten.reshape.default, x, [rows, ranks, own, tokens, size])
+        x = call(aten.permute.default, x, [1, 3, 0, 2, 4])
+        x = call(aten.clone.default, x, memory_format=torch.contiguous_format)
+        x = call(aten.reshape.default, x, [ranks * tokens, rows, own, size])
+        x = all_to_all(call, x, exchange.tokens, [tokens] * ranks, exchange.group)
+    else:
+        x = call(aten.permute.default, call(aten.reshape.default, x, [rows, heads, tokens, size]), [2, 0, 1, 3])
+        arriving = [rows * own * count * size for count in exchange.tokens]
+        sent = [rows * count * tokens * size for count in exchange.heads]
+        x = all_to_all(call, _flat(call, _split(call, x, exchange.heads, 2)), arriving, sent, exchange.group)
+        x = call(aten.reshape.default, x, [sum(exchange.tokens), rows, own, size])
+    x = call(aten.permute.default, x, [1, 2, 0, 3])
+    return call(aten.reshape.default, x, [*batch, own, sum(exchange.tokens), size])
 
 
 def heads_to_tokens(call: Call, x: Any, shape: Sequence[int], exchange: Exchange) -> Any:
@@ -78,29 +78,23 @@ def heads_to_tokens(call: Call, x: Any, shape: Sequence[int], exchange: Exchange
         return x
     *batch, own, tokens, size = shape
     rows, ranks, mine = prod(batch), exchange.ranks, exchange.tokens[exchange.rank]
-    target = [*batch, sum(exchange.heads), mine, size]
-    if exchange.is_even:
-        parts = call(aten.reshape.default, x, [rows, own, ranks, mine, size])
-        received = _all_to_all(
-            call, call(aten.permute.default, parts, [2, 0, 1, 3, 4]), [1] * ranks, [1] * ranks, exchange
-        )
-        return call(aten.reshape.default, call(aten.permute.default, received, [1, 0, 2, 3, 4]), target)
-    x = call(aten.reshape.default, x, [rows, own, tokens, size])
-    parts = _split(call, x, exchange.tokens, 2)
-    sent = [rows * own * count * size for count in exchange.tokens]
-    arriving = [rows * count * mine * size for count in exchange.heads]
-    received = _all_to_all(call, _flat(call, parts), arriving, sent, exchange)
-    pieces = [
-        call(aten.reshape.default, piece, [rows, count, mine, size])
-        for piece, count in zip(_split(call, received, arriving, 0), exchange.heads, strict=True)
-    ]
-    return call(aten.reshape.default, call(aten.cat.default, pieces, 1), target)
-
-
-def _all_to_all(call: Call, x: Any, arriving: list[int], sent: list[int], exchange: Exchange) -> Any:
-    """Sends slices of dimension 0; `arriving` and `sent` are their lengths by rank."""
-    x = call(aten.clone.default, x, memory_format=torch.contiguous_format)
-    return all_to_all(call, x, arriving, sent, exchange.group)
+    x = call(aten.permute.default, call(aten.reshape.default, x, [rows, own, tokens, size]), [2, 0, 1, 3])
+    x = call(aten.contiguous.default, x)  # as it lies, where the kernel kept the layout of its queries
+    if exchange.heads_are_even:
+        x = all_to_all(call, x, [mine] * ranks, exchange.tokens, exchange.group)
+        x = call(aten.reshape.default, x, [ranks, mine, rows, own, size])
+        x = call(aten.permute.default, x, [2, 1, 0, 3, 4])
+    else:
+        arriving = [rows * count * mine * size for count in exchange.heads]
+        sent = [rows * own * count * size for count in exchange.tokens]
+        x = all_to_all(call, call(aten.reshape.default, x, [-1]), arriving, sent, exchange.group)
+        pieces = [
+            call(aten.reshape.default, piece, [mine, rows, count, size])
+            for piece, count in zip(_split(call, x, arriving, 0), exchange.heads, strict=True)
+        ]
+        x = call(aten.permute.default, call(aten.cat.default, pieces, 2), [1, 0, 2, 3])
+    x = call(aten.reshape.default, x, [*batch, mine, sum(exchange.heads), size])
+    return call(aten.transpose.int, x, -3, -2)
 
 
 def _flat(call: Call, parts: Sequence[Any]) -> Any:
