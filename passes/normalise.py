@@ -16,6 +16,7 @@ table of rules covers functions, methods, keywords and operators alike.
   shape, and `aten.linear` stays one node; `subclasses` spells it so that the real one is asked when it runs.
 - What autocast casts inside of attention is cast before it.
 - `as_strided` is spelled as what it selects (`strides`).
+- A number that is written into a tensor is made where the tensor is.
 - A mutated graph input is written back by `aten.copy_` at the end, the one in-place operator that remains.
 - Placeholders keep what Dynamo attached to them, without which AOTAutograd no longer knows the static weights.
 """
@@ -69,6 +70,7 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
     _restore_inputs(gm, traced)
     for node in list(traced.graph.nodes):
         _respell(node)
+    _place_numbers(traced)
     spell_strides(traced)
     traced.graph.eliminate_dead_code()
     traced.graph.lint()
@@ -146,6 +148,33 @@ def _respell(node: fx.Node) -> None:
         node.kwargs = {"dtype": made.dtype, "device": made.device, "pin_memory": False}
     elif node.target is aten.scaled_dot_product_attention.default:
         _spell_casts(node)
+
+
+def _place_numbers(traced: fx.GraphModule) -> None:
+    """Makes a number that is written into a tensor (`mask[0] = True`) where that tensor is.
+
+    Dynamo keeps it as a constant in the host's memory: to copy it to a GPU, the host would wait for all that runs there.
+    """
+    for constant in traced.graph.find_nodes(op="get_attr"):
+        value = getattr(traced, constant.target, None)
+        if not isinstance(value, torch.Tensor) or value.dim() or value.device.type != "cpu":
+            continue
+        for lifted in [user for user in constant.users if user.target is aten.lift_fresh_copy.default]:
+            for user in list(lifted.users):
+                made = user.meta.get("val")
+                if isinstance(made, torch.Tensor):
+                    write = GraphWriter(lifted.meta["val"].fake_mode, traced.graph)
+                    write.origin = user
+                    with traced.graph.inserting_before(user):
+                        number = write(
+                            aten.full.default,
+                            [],
+                            value.item(),
+                            dtype=value.dtype,
+                            device=made.device,
+                            pin_memory=False,
+                        )
+                    user.replace_input_with(lifted, number)
 
 
 def _spell_casts(attention: fx.Node) -> None:

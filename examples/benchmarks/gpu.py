@@ -18,6 +18,7 @@ short is still worth it. Weights and inputs are random. Parts, in this order:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -375,20 +376,21 @@ def measure(device: str, part: str, name: str) -> None:
         call = torch.compile(model, backend=variant.compiled)
     figures: Figures = {"seconds to build the model": time.perf_counter() - begun}
 
-    def step() -> None:
-        call(**inputs)
+    later = {**inputs, "timestep": inputs["timestep"] * 0.9}  # calls of one timestep are branches of one step
+
+    def timed(given: Figures = inputs) -> tuple[float, float]:
+        """Seconds until the host has started it all, and until the device is done."""
+        start = time.perf_counter()
+        call(**given)
+        host = time.perf_counter() - start
         if device == "cuda":
             torch.cuda.synchronize()
-
-    def timed() -> float:
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
+        return host, time.perf_counter() - start
 
     with torch.no_grad(), paracompile.cache_context("first"):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            figures["first call"] = timed()
+            figures["first call"] = timed()[1]
         said = sorted({str(warning.message) for warning in caught if "paracompile" in str(warning.message)})
         if said:
             figures["warnings"] = said
@@ -396,20 +398,24 @@ def measure(device: str, part: str, name: str) -> None:
         sys.stdin.readline()
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        few = 3 if part == "video" else 10
         computed, skipped = [], []
-        for number in range(few + 2):
+        for number in range(5 if part == "video" else 12):
             with paracompile.cache_context(f"generation {number}"):
                 computed.append(timed())
                 if variant.rdt:
-                    skipped.append(timed())
-        figures["step"] = statistics.median(computed[2:])
+                    skipped.append(timed(later))
+        for name, times in (("step", computed), ("skipped step", skipped)):
+            if times:
+                host, whole = zip(*times[2:], strict=True)
+                figures[name], figures[f"{name}, host"] = statistics.median(whole), statistics.median(host)
         if variant.rdt:
-            figures["skipped step"] = statistics.median(skipped[2:])
+            steps = paracompile.cache_stats(model).slots[f"generation {number}"]
+            figures["hits"] = [step.hit for step in steps]
         if device == "cuda":
             figures["peak bytes"] = torch.cuda.max_memory_allocated()
-            if part == "flux":
-                figures["profile"] = _profile(step)
+            figures["profile"] = _profile(lambda: timed())
+            if not variant.rdt:
+                figures["step, as a CUDA graph"] = _as_cuda_graph(lambda: call(**inputs))
         if reports and reports[0].compilation is not None:
             figures["regions"] = [reports[0].compilation.regions, reports[0].compilation.different]
         if reports:
@@ -417,7 +423,29 @@ def measure(device: str, part: str, name: str) -> None:
     print("FIGURES " + json.dumps(figures), flush=True)
 
 
-def _profile(step: Callable[[], None]) -> Figures:
+def _as_cuda_graph(step: Callable[[], Any]) -> Any:
+    """The seconds of a step without the work of the host."""
+    try:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        times = []
+        for _ in range(8):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            graph.replay()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[2:])
+    except Exception as error:
+        return _first_line(error)
+
+
+def _profile(step: Callable[[], object]) -> Figures:
     """Of one step: how long the device was idle between its first and last kernel, and the longest ten kernels."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -430,17 +458,20 @@ def _profile(step: Callable[[], None]) -> Figures:
     )
     if not spans:
         return {}
-    reached, idle = spans[0][1], 0.0
+    reached, idle, gaps, before = spans[0][1], 0.0, [], spans[0][2]
     by_name: dict[str, list[float]] = {}
     for start, end, kernel in spans:
-        idle += max(0.0, start - reached)
-        reached = max(reached, end)
+        if start > reached:
+            idle += start - reached
+            gaps.append((start - reached, before[:60], kernel[:60]))
+        reached, before = max(reached, end), kernel
         by_name.setdefault(kernel, []).append(end - start)
     longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:10]
     return {
         "milliseconds": (reached - spans[0][0]) / 1e3,
         "idle milliseconds": idle / 1e3,
         "kernels": len(spans),
+        "longest gaps": sorted(gaps, reverse=True)[:12],
         "longest": [[kernel[:120], len(times), sum(times) / 1e3] for kernel, times in longest],
     }
 
@@ -456,6 +487,10 @@ CHECKS: dict[str, Callable[..., Iterator[Check]]] = {
 PER_FAMILY = ("families", "ranks", "waits")
 LIMIT_OF_CHECKS = 150.0
 """Seconds for each check of small models: what hangs must not cost the figures."""
+
+
+LIMIT_OF_COMPILING = 110.0
+"""Seconds that figures wait for the slowest to compile."""
 
 
 class Run:
@@ -514,7 +549,8 @@ class Run:
         for line in process.stdout:
             if line.startswith("READY"):
                 break
-        all_compiled.wait()
+        with contextlib.suppress(threading.BrokenBarrierError):
+            all_compiled.wait(LIMIT_OF_COMPILING)
         with self.measuring:
             try:
                 process.stdin.write("go\n")
