@@ -163,6 +163,7 @@ def _rewritten(
         found=found,
         drop_keys=options.drop_masked_keys,
         lengths=lengths,
+        together=True,
         cache=_cache_passes(options) if options.caches else None,
         regions=options.regions,
     )

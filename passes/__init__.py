@@ -87,6 +87,7 @@ def pipeline(
     found: Found | None = None,
     drop_keys: bool = True,
     lengths: Sequence[Lengths] | None = None,
+    together: bool = False,
     cache: CachePasses | None = None,
     regions: bool | None = None,
 ) -> list[Pass]:
@@ -96,6 +97,7 @@ def pipeline(
         found: where the passes say what they find.
         drop_keys: drop keys that a mask hides from all.
         lengths: the graph's inputs are shards already, of these lengths on each rank (see `local_lengths`).
+        together: exchanges that are mostly their start go together.
         cache: skip blocks whose effect hardly changes.
         regions: cut the graph for the compiler, along its blocks or (False) at conditionals only; None: leave it whole.
     """
@@ -109,7 +111,7 @@ def pipeline(
         mark = partial(mark_blocks, first_blocks=cache.first_blocks, last_blocks=cache.last_blocks, found=found)
         passes.append(Pass(mark, requires=static, provides="marked blocks", conflicts=frozenset({"shards", "a rank"})))
     if lengths is not None:
-        on_shards = partial(attention_on_shards, ranks=ranks, lengths=lengths)
+        on_shards = partial(attention_on_shards, ranks=ranks, lengths=lengths, together=together, found=found)
         passes.append(Pass(on_shards, requires=static, provides="a rank", conflicts=frozenset({"a rank"})))
     elif not ranks.is_single:
         passes += [
@@ -122,7 +124,7 @@ def pipeline(
             ),
             Pass(partial(unified_attention, found=found), requires=frozenset({"shards"}), provides="unified attention"),
             Pass(
-                partial(lower, ranks=ranks),
+                partial(lower, ranks=ranks, together=together, found=found),
                 requires=frozenset({"shards", "unified attention"}),
                 provides="a rank",
                 conflicts=frozenset({"a rank"}),

@@ -25,6 +25,7 @@ from paracompile.layout.places import Attention
 from paracompile.layout.plan import Sharding
 from paracompile.layout.shares import Shares
 from paracompile.mesh import Axis, Ranks
+from paracompile.passes.found import Found
 from paracompile.passes.lower_attention import AttentionOnTokens, UnifiedAttention
 from paracompile.passes.tokens import all_tokens
 from paracompile.passes.writer import GraphWriter
@@ -51,11 +52,14 @@ def attention_on_shards(
     *,
     ranks: Ranks,
     lengths: Sequence[Lengths],
+    together: bool,
+    found: Found,
 ) -> fx.GraphModule:
     """Makes every attention one over all ranks' tokens, in place.
 
     args:
         lengths: `local_lengths` of every rank, in the order of their place in the sequence.
+        together: exchanges that are mostly their start go together.
 
     raises:
         GraphError: no attention, shards that are not cut as `torch.chunk` cuts, or a mask over queries and keys.
@@ -77,7 +81,7 @@ def attention_on_shards(
             "this is a mistake in paracompile: please report it with the graph that options={'dump': FOLDER} writes",
         )
     write = GraphWriter(fake_mode, gm.graph)
-    unified = UnifiedAttention(ranks)
+    unified = UnifiedAttention(ranks, together=together)
     for number, attention in enumerate(attentions):
         _check_mask(attention)
         queries, keys = (
@@ -110,6 +114,7 @@ def attention_on_shards(
             )
             node.replace_all_uses_with(attended)
         gm.graph.erase_node(node)
+    found.together = unified.put_together
     gm.graph.lint()
     gm.recompile()
     return gm

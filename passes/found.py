@@ -55,6 +55,7 @@ class Found:
     attributes:
         why_a_piece: why the graph is only a piece of its model (`Captured`); None where it is all of it.
         plans: by mesh axis, what its ranks cut and how (`plan_layouts`).
+        together: how many attentions have their queries, keys and values in one exchange (`lower`).
         skipped: what may be skipped (`mark_blocks`); None without a cache, or where no blocks are.
         masks_dropped: how many attentions got along without their mask (`drop_masked_keys`).
         seen_again: the places of inputs that whoever passes them sees again: written to, or handed back.
@@ -64,6 +65,7 @@ class Found:
     why_a_piece: str | None = None
     plans: dict[str, Plan] = field(default_factory=dict)
     skipped: Skipped | None = None
+    together: int = 0
     masks_dropped: int = 0
     seen_again: frozenset[int] = frozenset()
     cache: CacheLayout | None = None

@@ -29,6 +29,7 @@ from paracompile.layout.factors import Operand, Shape
 from paracompile.layout.graph import Operation, Value, is_tensor, operations, shape_of, spelled, tensor_of, value_of
 from paracompile.layout.plan import Sharding
 from paracompile.mesh import Axis, Ranks
+from paracompile.passes.found import Found
 from paracompile.passes.localise import localised
 from paracompile.passes.lower_attention import AttentionOnTokens, UnifiedAttention
 from paracompile.passes.split_and_gather import shardings_of
@@ -41,13 +42,21 @@ from paracompile.runtime.placement import SHARD, UNIFIED_ATTENTION, UNSHARD
 aten = torch.ops.aten
 
 
-def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ranks) -> fx.GraphModule:
+def lower(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ranks, together: bool, found: Found
+) -> fx.GraphModule:
     """The graph of the rank that `ranks` is seen from; `gm` stays as it is.
+
+    args:
+        together: exchanges that are mostly their start go together.
 
     raises:
         GraphError: an attention whose heads cannot be shared, or a mistake in a rule.
     """
-    return _Lowering(gm, ranks).run()
+    lowering = _Lowering(gm, UnifiedAttention(ranks, together=together), ranks)
+    local = lowering.run()
+    found.together = lowering.attention.put_together
+    return local
 
 
 class _Lowering:
@@ -61,10 +70,10 @@ class _Lowering:
         regions: the autocast regions that were entered, by the nodes that enter them.
     """
 
-    def __init__(self, gm: fx.GraphModule, ranks: Ranks) -> None:
+    def __init__(self, gm: fx.GraphModule, attention: UnifiedAttention, ranks: Ranks) -> None:
         self.gm = gm
         self.axes = {axis.name: axis for axis in (ranks.batch, ranks.sequence)}
-        self.attention = UnifiedAttention(ranks)
+        self.attention = attention
         self.by_node = {operation.node: operation for operation in operations(gm.graph, rule_for)}
         fake_mode = detect_fake_mode([node.meta["val"] for node in gm.graph.nodes if is_tensor(node)])
         assert fake_mode is not None

@@ -6,12 +6,15 @@ travel around it.
 
 Tokens lie in the order in which they arrive, by rank and by segment within a rank: nothing is put back in order, as
 attention does not care; what does care, a mask, is arranged to that order, once for all attentions that share it.
+
+Apart, v's and k's exchanges run under what still computes k and q. Where an exchange is mostly its start there is little
+to hide, and the three go as one, head by head.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -23,6 +26,7 @@ from paracompile.layout.shares import Shares
 from paracompile.mesh import Ranks
 from paracompile.passes.tokens import in_order_of_arrival
 from paracompile.passes.writer import GraphWriter
+from paracompile.patterns.exchanges import link_of
 from paracompile.runtime.ring import Ring, ring_attention
 from paracompile.runtime.ulysses import Exchange, heads_to_tokens, tokens_to_heads
 
@@ -70,20 +74,27 @@ class UnifiedAttention:
 
     attributes:
         ranks: the ranks.
+        together: whether queries, keys and values may go in one exchange.
+        put_together: how many attentions have them in one.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks, *, together: bool) -> None:
+        self.ranks, self.together = ranks, together
+        self.put_together = 0
         self.masks: dict[tuple[object, ...], fx.Node] = {}
 
     def __call__(self, write: GraphWriter, attention: AttentionOnTokens) -> fx.Node:
         """Writes `attention` and returns its result, cut as the queries are."""
         _check(attention)
-        # v first: its exchange runs while k and q are still being normalised and rotated.
-        value = self._to_heads(write, attention, self._heads_alike(write, attention, attention.value), attention.keys)
-        key = self._to_heads(write, attention, self._heads_alike(write, attention, attention.key), attention.keys)
-        query = self._to_heads(write, attention, attention.query, attention.queries)
-        received = (query, key, value)
+        query = attention.query
+        key, value = (self._heads_alike(write, attention, part) for part in (attention.key, attention.value))
+        if self._go_together(attention, (query, key, value)):
+            received = self._all_to_heads(write, attention, (query, key, value))
+        else:
+            # v first: its exchange runs while k and q are still being normalised and rotated.
+            value = self._to_heads(write, attention, value, attention.keys)
+            key = self._to_heads(write, attention, key, attention.keys)
+            received = (self._to_heads(write, attention, query, attention.queries), key, value)
         mask = self._mask(write, attention)
         if self.ranks.ring.size == 1:
             result = self._local(write, attention, received, mask)
@@ -97,6 +108,50 @@ class UnifiedAttention:
         shape = node.meta["val"].shape
         exchanged: fx.Node = tokens_to_heads(write, node, shape, self._exchange(attention, shape[-3], sharding))
         return exchanged
+
+    def _go_together(self, attention: AttentionOnTokens, parts: Received) -> bool:
+        """Whether the three may go as one, which means as much on each rank, and whether that is cheaper."""
+        values = [part.meta["val"] for part in parts]
+        (alike, *others) = [(value.dtype, value.shape[:-3], value.shape[-1]) for value in values]
+        if self.ranks.ulysses.size == 1 or not self.together or any(other != alike for other in others):
+            return False
+        queries, keys = attention.queries, attention.keys
+        if any(queries.local(rank) != keys.local(rank) for rank in range(self.ranks.sequence_size)):
+            return False
+        tokens = max(queries.local(rank) for rank in range(self.ranks.sequence_size))
+        largest = max(value.numel() // max(value.shape[-2], 1) * value.element_size() for value in values) * tokens
+        return link_of(values[0].device).is_mostly_start(largest)
+
+    def _all_to_heads(self, write: GraphWriter, attention: AttentionOnTokens, parts: Received) -> Received:
+        """Each rank's heads of all three side by side, sent as heads of one tensor, and taken apart again."""
+        heads = [self._shares(attention, _heads(part)) for part in parts]
+        own = [of_part[self.ranks.ulysses.rank] for of_part in heads]
+        *batch, _, tokens, size = parts[0].meta["val"].shape
+        if all(len(set(of_part)) == 1 for of_part in heads):
+            ranks = self.ranks.ulysses.size
+            split = [
+                write(aten.reshape.default, part, [*batch, ranks, count, tokens, size])
+                for part, count in zip(parts, own, strict=True)
+            ]
+            side_by_side = write(aten.cat.default, split, -3)
+            side_by_side = write(aten.reshape.default, side_by_side, [*batch, ranks * sum(own), tokens, size])
+        else:
+            of_ranks = [
+                _part(write, part, len(batch), of_part, rank)
+                for rank in range(self.ranks.ulysses.size)
+                for part, of_part in zip(parts, heads, strict=True)
+            ]
+            side_by_side = write(aten.cat.default, of_ranks, -3)
+        exchange = self._exchange(attention, attention.heads, attention.queries)
+        together = replace(exchange, heads=tuple(map(sum, zip(*heads, strict=True))))
+        received = tokens_to_heads(write, side_by_side, side_by_side.meta["val"].shape, together)
+        self.put_together += 1
+        starts = [sum(own[:number]) for number in range(3)]
+        query, key, value = (
+            write(aten.slice.Tensor, received, len(batch), start, start + count)
+            for start, count in zip(starts, own, strict=True)
+        )
+        return query, key, value
 
     def _local(
         self, write: GraphWriter, attention: AttentionOnTokens, received: Received, mask: fx.Node | None

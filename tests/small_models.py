@@ -110,8 +110,8 @@ def mesh_name(mesh: Mesh) -> str:
     return "-".join(f"{axis}{size}" for axis, size in mesh_sizes(mesh).items())
 
 
-def shard(model: Callable[..., Any], inputs: Sequence[Any], mesh: Mesh = 2) -> Sharded:
-    """Shards a model over simulated ranks and runs them all."""
+def shard(model: Callable[..., Any], inputs: Sequence[Any], mesh: Mesh = 2, **how: Any) -> Sharded:
+    """Shards a model over simulated ranks and runs them all; `how` goes to `pipeline`."""
     kept: list[Sharded] = []
     sizes = mesh_sizes(mesh)
     ranks = prod(sizes.values())
@@ -123,7 +123,7 @@ def shard(model: Callable[..., Any], inputs: Sequence[Any], mesh: Mesh = 2) -> S
             if name == "normalise":
                 after_normalise.append(graph)
 
-        made = of_all_ranks(gm, example_inputs, sizes, after=after)
+        made = of_all_ranks(gm, example_inputs, sizes, after=after, **how)
         graphs, found = made.graphs, made.found
         first, plans = Ranks.simulated(**sizes), list(found[0].plans.values())
         report = report_of(found[0], first, graphs[0])
@@ -144,13 +144,17 @@ def shard(model: Callable[..., Any], inputs: Sequence[Any], mesh: Mesh = 2) -> S
 
 
 def assert_sharded(
-    model: Callable[..., Any], inputs: Sequence[Any], mesh: Mesh = 2, *, tolerance: float = 2e-6
+    model: Callable[..., Any], inputs: Sequence[Any], mesh: Mesh = 2, *, tolerance: float = 2e-6, **how: Any
 ) -> Sharded:
-    """Shards a model, and asserts that every rank's result is that of the eager model, and its inputs as before."""
+    """Shards a model, and asserts that every rank's result is that of the eager model, and its inputs as before.
+
+    args:
+        how: goes to `pipeline`.
+    """
     before = pytree.tree_map_only(Tensor, Tensor.clone, list(inputs))
     with torch.no_grad():
         expected = model(*before)
-    sharded = shard(model, inputs, mesh)
+    sharded = shard(model, inputs, mesh, **how)
     close(sharded.result, expected, tolerance)
     for output in sharded.outputs[1:]:
         close(output, sharded.outputs[0], 0.0)

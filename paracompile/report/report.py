@@ -15,6 +15,7 @@ from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 from paracompile.passes.first_block_cache import COMPUTE
 from paracompile.passes.found import Found
+from paracompile.patterns.exchanges import is_collective, link_of
 from paracompile.patterns.flops import flops_of
 from paracompile.patterns.rules import rule_for
 
@@ -165,6 +166,7 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
             collectives[kind] += 1
             sent += _bytes_sent(kind, node, ranks)
     notes = [note for each in plans for note in (*_whole(each), *_gathers(each), *_misaligned(each))]
+    notes += _together(found, local)
     report = Report(
         ranks=ranks.size,
         why_a_piece=found.why_a_piece,
@@ -219,6 +221,16 @@ def _bytes_sent(kind: str, node: fx.Node, ranks: Ranks) -> int:
     sizes, group = cast(list[int], node.args[2]), node.args[3]
     own = sizes[ranks.ring.rank if group == ranks.ring.group else ranks.ulysses.rank]  # not sent
     return size * (sum(sizes) - own) // max(1, sum(sizes))
+
+
+def _together(found: Found, local: fx.GraphModule) -> list[str]:
+    if not found.together:
+        return []
+    link = link_of(next(node.meta["val"].device for node in local.graph.nodes if is_collective(node)))
+    return [
+        f"queries, keys and values in one exchange: {found.together} attentions, each part below {link.balance:,} bytes, "
+        f"so that its start ({link.start * 1e6:.0f} us) costs more than carrying it ({link.rate / 1e9:.0f} GB/s)"
+    ]
 
 
 def _whole(plan: Plan) -> list[str]:
