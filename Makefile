@@ -1,7 +1,10 @@
-# make run | test | test-all | lint | format | clean. Each makes .venv with what it needs first.
+# make run | test | test-all | gpu | wheels | lint | format | clean. Each makes .venv with what it needs first.
 PYTHON ?= python3
 RANKS ?= 2
 RUN_ARGS ?=
+GPU_ARGS ?=
+# The Python of the machine that the wheels are for.
+WHEELS_FOR ?= 3.12
 # Tests of one file share what was captured and compiled, so a file stays with one worker.
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -10,14 +13,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
+WHEELS := build/wheels
+SITE := build/site
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test test-all lint format clean
+.PHONY: help venv run test test-all gpu wheels lint format clean
 
 help:
 	@echo 'make run        a small FluxPipeline on this CPU: plainly, over $(RANKS) ranks, and with blocks skipped'
 	@echo 'make test       the tests'
 	@echo 'make test-all   the tests and the long matrix'
+	@echo 'make gpu        checks and figures on a CUDA device, about ten minutes'
+	@echo 'make wheels     what make gpu needs on a machine that has torch and no network'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make format     ruff, changing files'
 	@echo 'make clean      removes builds, caches and output (.venv stays)'
@@ -40,6 +47,22 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+# With the wheels here, on the torch of $(PYTHON); otherwise in .venv.
+gpu: $(if $(wildcard $(WHEELS)/*.whl),$(SITE),$(INSTALLED))
+	$(if $(wildcard $(WHEELS)/*.whl),PYTHONPATH=$(SITE) $(PYTHON),$(BIN)/python) examples/benchmarks/gpu $(GPU_ARGS)
+
+$(SITE): $(wildcard $(WHEELS)/*.whl)
+	rm -rf $@
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --target $@ $(WHEELS)/*.whl
+
+wheels: $(INSTALLED)
+	rm -rf build
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir $(WHEELS) .
+	$(PIP) download --quiet --no-deps --only-binary=:all: --python-version $(WHEELS_FOR) --implementation cp \
+	    --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --dest $(WHEELS) \
+	    $$(grep -E '^(diffusers|torchao|importlib_metadata)==' constraints.txt)
+	@du -sh $(WHEELS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

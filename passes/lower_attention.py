@@ -7,8 +7,8 @@ travel around it.
 Tokens lie in the order in which they arrive, by rank and by segment within a rank: nothing is put back in order, as
 attention does not care; what does care, a mask, is arranged to that order, once for all attentions that share it.
 
-Apart, v's and k's exchanges run under what still computes k and q. Where an exchange is mostly its start there is little
-to hide, and the three go as one, head by head.
+Apart, v's and k's exchanges run under what still computes k and q. Where an exchange is mostly its start there is
+little to hide, and the three go as one, head by head.
 """
 
 from __future__ import annotations

@@ -153,7 +153,8 @@ def _respell(node: fx.Node) -> None:
 def _place_numbers(traced: fx.GraphModule) -> None:
     """Makes a number that is written into a tensor (`mask[0] = True`) where that tensor is.
 
-    Dynamo keeps it as a constant in the host's memory: to copy it to a GPU, the host would wait for all that runs there.
+    Dynamo keeps it as a constant in the host's memory: to copy it to a GPU, the host would wait for all that runs
+    there.
     """
     for constant in traced.graph.find_nodes(op="get_attr"):
         value = getattr(traced, constant.target, None)

@@ -71,7 +71,7 @@ def test_as_one_and_apart(name: str, mesh: str) -> None:
     assert note.startswith("queries, keys and values in one exchange: 1 attentions, each part below 200,000 bytes")
 
 
-@pytest.mark.parametrize(("start", "count"), [(SENT / 2, 4), (SENT / 2 + 1, 2)])
+@pytest.mark.parametrize("start, count", [(SENT / 2, 4), (SENT / 2 + 1, 2)])
 def test_only_where_an_exchange_is_mostly_its_start(start: float, count: int) -> None:
     with mock.patch.object(exchanges, "_OTHERWISE", Link(start=start, rate=1.0)):
         sharded = assert_sharded(randomise(Transformer()), [image_tokens()], 2, together=True)
@@ -137,7 +137,9 @@ def test_what_a_kernel_made_in_the_layout_of_its_queries_is_sent_as_it_lies() ->
         return args[0] if target is torch.ops._c10d_functional.wait_tensor.default else made
 
     exchange = Exchange(group="none", rank=0, heads=(3, 3), tokens=(5, 4))
-    with mock.patch.object(ulysses, "all_to_all", lambda call, x, arriving, sent, group: x[:1].new_empty(10, *x.shape[1:])):
+    with mock.patch.object(
+        ulysses, "all_to_all", lambda call, x, arriving, sent, group: x[:1].new_empty(10, *x.shape[1:])
+    ):
         for layout in ((2, 0, 1, 3), (0, 1, 2, 3)):
             shape = [(1, 3, 9, 8)[dim] for dim in layout]
             result = draw(*shape).permute([layout.index(dim) for dim in range(4)])

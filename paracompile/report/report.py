@@ -228,8 +228,8 @@ def _together(found: Found, local: fx.GraphModule) -> list[str]:
         return []
     link = link_of(next(node.meta["val"].device for node in local.graph.nodes if is_collective(node)))
     return [
-        f"queries, keys and values in one exchange: {found.together} attentions, each part below {link.balance:,} bytes, "
-        f"so that its start ({link.start * 1e6:.0f} us) costs more than carrying it ({link.rate / 1e9:.0f} GB/s)"
+        f"queries, keys and values in one exchange: {found.together} attentions, each part below {link.balance:,} "
+        f"bytes, so that its start ({link.start * 1e6:.0f} us) costs more than carrying it ({link.rate / 1e9:.0f} GB/s)"
     ]
 
 

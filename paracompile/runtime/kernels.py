@@ -40,7 +40,7 @@ def attention_with_lse(
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     shape = _result_shape(query, key, value)
-    *batch, heads, queries, _ = shape
+    *batch, heads, _, _ = shape
     if key.shape[-2] == 0 or math.prod(shape) == 0:
         return query.new_zeros(shape), query.new_full(shape[:-1], -math.inf, dtype=precise(query.dtype))
     if key.shape[-3] != heads:

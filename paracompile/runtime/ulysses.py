@@ -5,8 +5,8 @@ the result back (Jacobs et al., DeepSpeed Ulysses, 2023). Tokens arrive ordered 
 the order of its keys, and the way back undoes it for the queries. Neither lengths nor heads need to divide: splits are
 as uneven as they are, and nothing is padded.
 
-What is sent lies in memory as (tokens, rows, heads, size), tokens outermost. So the tokens of all ranks arrive one behind
-the other, and the kernel takes them as they lie; what it returns, in the same layout, is sent as it lies.
+What is sent lies in memory as (tokens, rows, heads, size), tokens outermost. So the tokens of all ranks arrive one
+behind the other, and the kernel takes them as they lie; what it returns, in the same layout, is sent as it lies.
 
 Each function takes `call(operator, *arguments)`, which runs the operator or writes it into a graph.
 """

@@ -1,0 +1,203 @@
+"""What only a GPU shows: kernels against float64, small models, ranks in lockstep, host waits, and FLUX.1-dev's size.
+
+    python examples/benchmarks/gpu                          # about ten minutes on one H200
+    python examples/benchmarks/gpu kernels families         # some of the parts
+    python examples/benchmarks/gpu flux --variants eager paracompile
+    python examples/benchmarks/gpu --device cpu             # everything but the figures, small, on a CPU
+
+Each verdict is one line, and all figures are in one JSON file, written anew after each: a run cut short is still worth
+it. Weights and inputs are random. The parts, in this order:
+
+    kernels     `attention_with_lse` against its definition in float64: error, kernel, bytes
+    families    small models with the first block cache through Inductor: computed and skipped steps
+    ranks       the graphs of 2, 4 and 8 ranks side by side on this device, against the plain model
+    waits       how often a step makes the host wait for the device
+    flux        FLUX.1-dev's size, 1024 x 1024, bfloat16: a step, a skipped one, a rank of 2, 4 and 8, fp8
+    video       HunyuanVideo's size, 720p, 129 frames: what one of eight ranks computes in a step
+
+Seconds are medians. Several variants compile at the same time, and are measured one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from checks import CHECKS, Figures, jobs_of
+from sizes import VARIANTS, measure
+
+LIMIT_OF_CHECKS = 150.0
+"""Seconds for the checks of one process: what hangs must not cost the figures."""
+
+LIMIT_OF_COMPILING = 110.0
+"""Seconds that figures wait for the slowest to compile."""
+
+
+class Run:
+    """Parts in processes of their own; what they find goes to the screen and into one file.
+
+    attributes:
+        failed: how many verdicts were bad.
+    """
+
+    def __init__(self, device: str, out: Path, limit: float) -> None:
+        self.device, self.out, self.deadline = device, out, time.monotonic() + limit
+        self.limit_of_checks = LIMIT_OF_CHECKS if device == "cuda" else float("inf")
+        self.failed = 0
+        self._writing, self._measuring = threading.Lock(), threading.Lock()
+        self._figures: Figures = {
+            "date": str(date.today()),
+            "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+            **{name: version(name) for name in ("paracompile", "torch", "diffusers", "torchao")},
+        }
+
+    def check(self, arguments: list[str]) -> None:
+        """Runs the checks of a part, for one family."""
+        with self._process("--check", *arguments, limit=self.limit_of_checks) as lines:
+            for line in lines:
+                if line.startswith("CHECK "):
+                    self._note(arguments[0], *json.loads(line.removeprefix("CHECK ")))
+
+    def measure(self, part: str, name: str, all_compiled: threading.Barrier) -> None:
+        """Compiles a variant, waits for the others to have done so, and measures it while no other is."""
+        with self._process("--measure", part, name, limit=float("inf")) as lines:
+            ready = any(line.startswith("READY") for line in iter(lines.readline, ""))
+            with contextlib.suppress(threading.BrokenBarrierError):
+                all_compiled.wait(LIMIT_OF_COMPILING)
+            with self._measuring:
+                if ready:
+                    lines.go()
+                for line in lines:
+                    if line.startswith("FIGURES "):
+                        self._note(part, name, True, json.loads(line.removeprefix("FIGURES ")))
+
+    def _note(self, part: str, name: str, right: bool, figures: Figures) -> None:
+        with self._writing:
+            self._figures.setdefault(part, {})[name] = figures
+            self.failed += not right
+            print(f"{'ok    ' if right else 'FAILED'} {part}: {name}: {_short(figures)}", flush=True)
+            self.out.write_text(json.dumps(self._figures, indent=1) + "\n")
+
+    @contextlib.contextmanager
+    def _process(self, what: str, part: str, *rest: str, limit: float) -> Iterator[_Lines]:
+        """A process of this program, and a bad verdict if it does not end well."""
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent), "--device", self.device, what, part, *rest],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        lines = _Lines(process)
+        killer = threading.Timer(min(limit, max(0.0, self.deadline - time.monotonic())), process.kill)
+        killer.start()
+        try:
+            yield lines
+        finally:
+            code = process.wait()
+            killer.cancel()
+            if code != 0:
+                name = " ".join([*rest, "ended early"])
+                self._note(part, name, False, {"code": code, "said": lines.errors()[-1500:]})
+
+
+class _Lines:
+    """What a process prints, line by line."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._stdin, self._stdout, self._errors = process.stdin, process.stdout, []
+        self._reader = threading.Thread(target=lambda: self._errors.extend(process.stderr or ()), daemon=True)
+        self._reader.start()
+        self.readline = self._stdout.readline
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stdout.readline, "")
+
+    def go(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.write("go\n")
+            self._stdin.flush()
+
+    def errors(self) -> str:
+        self._reader.join()
+        return "".join(self._errors)
+
+
+def _short(figures: Figures) -> str:
+    def cell(value: object) -> str:
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{name} {cell(value)}" for name, value in figures.items() if name != "profile")
+
+
+def together(jobs: list[Callable[[], None]], at_a_time: int) -> None:
+    """Does all jobs, so many at a time."""
+    with ThreadPoolExecutor(at_a_time) as pool:
+        for done in [pool.submit(job) for job in jobs]:
+            done.result()
+
+
+def main() -> None:
+    every = [*CHECKS, *VARIANTS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"some of {', '.join(every)}")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--out", type=Path, default=Path("output/gpu.json"), help="gets the figures")
+    parser.add_argument("--limit", type=float, default=570.0, help="seconds for all of it")
+    parser.add_argument("--variants", nargs="+", help="of flux and video: some only")
+    parser.add_argument("--at-a-time", type=int, default=5, help="models of real size in memory; 5 take 125 GB")
+    parser.add_argument("--check", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(every):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("this machine has no CUDA device; --device cpu runs everything but the figures")
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)
+    if arguments.check:
+        part, *rest = arguments.check
+        for check in CHECKS[part](arguments.device, *rest):
+            print("CHECK " + json.dumps(check), flush=True)
+        return
+    if arguments.measure:
+        measure(arguments.device, *arguments.measure)
+        return
+
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    run = Run(arguments.device, arguments.out, arguments.limit)
+    parts = arguments.parts or every
+    checks = [partial(run.check, job) for part in CHECKS if part in parts for job in jobs_of(part)]
+    together(checks, os.cpu_count() or 1)
+    sizes = [
+        (part, name)
+        for part, variants in VARIANTS.items()
+        for name in variants
+        if part in parts and (arguments.variants is None or name in arguments.variants)
+    ]
+    for start in range(0, len(sizes), arguments.at_a_time):
+        some = sizes[start : start + arguments.at_a_time]
+        all_compiled = threading.Barrier(len(some))
+        together([partial(run.measure, *size, all_compiled) for size in some], len(some))
+    print(f"{run.failed} bad; all figures are in {arguments.out}")
+    sys.exit(run.failed > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The benchmark for GPUs on a CPU: everything but its figures, so that it works on the first day that it meets one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARK = Path(__file__).parent.parent / "examples" / "benchmarks" / "gpu"
+
+pytestmark = pytest.mark.slow
+
+
+def run(folder: Path, *arguments: str) -> tuple[int, list[str], dict[str, Any]]:
+    """The exit code, the lines on the screen and the figures."""
+    out = folder / "figures.json"
+    command = [sys.executable, str(BENCHMARK), "--device", "cpu", "--out", str(out), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    return done.returncode, done.stdout.splitlines(), json.loads(out.read_text())
+
+
+def test_kernels_and_a_model_of_real_size(tmp_path: Path) -> None:
+    code, lines, figures = run(tmp_path, "kernels", "flux", "--variants", "rank of 2, rdt")
+    assert code == 0, lines
+    assert len(figures["kernels"]) == 3 * 3 * 5
+    assert lines[-1].startswith("0 bad")
+    assert len(lines) == 3 * 3 * 5 + 1 + 1
+    (measured,) = figures["flux"].values()
+    assert measured["hits"] == [False, True]
+    assert measured["collectives"] == {"all_to_all_single": 8, "all_reduce": 1, "all_gather_into_tensor": 1}
+    assert set(measured) == {
+        *("first call", "step", "step, host", "skipped step", "skipped step, host"),
+        *("hits", "regions", "collectives"),
+    }
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("part", ["families", "ranks", "waits"])
+def test_small_models(part: str, tmp_path: Path) -> None:
+    code, lines, figures = run(tmp_path, part, "--limit", "1200")
+    assert code == 0, lines
+    assert len(figures[part]) == {"families": 4 * 4, "ranks": 4 * 6, "waits": 4 * 4}[part]
+
+
+def test_what_ends_early_is_a_bad_verdict(tmp_path: Path) -> None:
+    code, lines, figures = run(tmp_path, "kernels", "flux", "--variants", "eager", "--limit", "0")
+    assert code == 1
+    assert sorted(line[: line.index(":")] for line in lines[:-1]) == ["FAILED flux", "FAILED kernels"]
+    assert lines[-1].startswith("2 bad")
+    assert set(figures["flux"]) == {"eager ended early"}
