@@ -19,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="gets the graphs")
     parser.add_argument("--rdt", type=float, default=0.1, help="threshold of the first block cache")
+    parser.add_argument("--image-tokens", type=int, default=64)
     arguments = parser.parse_args()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     model = FluxTransformer2DModel(
@@ -36,10 +37,10 @@ def main() -> None:
     compiled = torch.compile(model, backend="paracompile", fullgraph=True, options=options)
     with torch.no_grad():
         compiled(
-            hidden_states=torch.randn(1, 64, 16),
+            hidden_states=torch.randn(1, arguments.image_tokens, 16),
             encoder_hidden_states=torch.randn(1, 12, 32),
             pooled_projections=torch.randn(1, 32),
-            img_ids=torch.zeros(64, 3),
+            img_ids=torch.zeros(arguments.image_tokens, 3),
             txt_ids=torch.zeros(12, 3),
             timestep=torch.ones(1),
         )
