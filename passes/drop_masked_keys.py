@@ -6,14 +6,15 @@
 
 Only boolean masks that hide the same keys from all heads and all queries of a row (their shape says so) are replaced:
 what such a mask hides takes no part at all. Masks that are computed alike (some models build theirs anew in each block)
-are one mask. Runs after sharding, where masks lie in the order in which keys arrive; a ring's steps keep their masks.
+are one mask. Runs after sharding, where masks lie in the order in which keys arrive, and each step of a ring has one
+for its keys.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import fx
@@ -25,6 +26,17 @@ from paracompile.passes.found import Found
 from paracompile.passes.writer import GraphWriter
 
 aten = torch.ops.aten
+ours = torch.ops.paracompile
+
+_TO_VISIBLE = {
+    # attention: what takes its place, the name of its mask, its other arguments
+    aten.scaled_dot_product_attention.default: (
+        ours.attention_to_visible.default,
+        "attn_mask",
+        ("scale", "enable_gqa"),
+    ),
+    ours.attention_with_lse.default: (ours.attention_with_lse_to_visible.default, "mask", ("scale",)),
+}
 
 
 def drop_masked_keys(gm: fx.GraphModule, example_inputs: Sequence[Any], *, found: Found) -> fx.GraphModule:
@@ -39,23 +51,18 @@ def drop_masked_keys(gm: fx.GraphModule, example_inputs: Sequence[Any], *, found
     visible: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     for node in masked:
         arguments = named_arguments(node)
-        mask = first_alike[arguments["attn_mask"]]
+        replacement, its_mask, others = _TO_VISIBLE[node.target]
+        mask = first_alike[arguments[its_mask]]
         write = GraphWriter(fake_mode, gm.graph)
         write.origin = node
         if mask not in visible:
             visible[mask] = _visible(write, mask)
         with gm.graph.inserting_before(node):
             operands = [_as_computed(write, arguments[name], node) for name in ("query", "key", "value")]
-            attended = write(
-                torch.ops.paracompile.attention_to_visible.default,
-                *operands,
-                *visible[mask],
-                arguments["scale"],
-                arguments["enable_gqa"],
-            )
+            attended = write(replacement, *operands, *visible[mask], *(arguments[name] for name in others))
         node.replace_all_uses_with(attended)
         gm.graph.erase_node(node)
-        _erase_unused(arguments["attn_mask"])
+        _erase_unused(arguments[its_mask])
     gm.graph.lint()
     gm.recompile()
     return gm
@@ -63,11 +70,11 @@ def drop_masked_keys(gm: fx.GraphModule, example_inputs: Sequence[Any], *, found
 
 def hides_keys_only(node: fx.Node) -> bool:
     """Whether `node` is an attention whose mask hides the same keys from all heads and queries of a row."""
-    if node.target is not aten.scaled_dot_product_attention.default:
+    if node.target not in _TO_VISIBLE:
         return False
     arguments = named_arguments(node)
-    mask = arguments["attn_mask"]
-    if not _is_node(mask) or arguments["is_causal"] or arguments["dropout_p"]:
+    mask = arguments[_TO_VISIBLE[node.target][1]]
+    if not _is_node(mask) or any(arguments.get(name) for name in ("is_causal", "dropout_p", "offset")):
         return False
     values = mask.meta["val"]
     query, key, value = (arguments[name].meta["val"].shape for name in ("query", "key", "value"))
@@ -77,8 +84,14 @@ def hides_keys_only(node: fx.Node) -> bool:
         and values.shape[0] in (1, query[0])
         and tuple(values.shape[1:]) == (1, 1, key[2])  # not one column for all keys
         and query[0] == key[0] == value[0]
-        and tuple(node.meta["val"].shape) == (*query[:3], value[3])  # nothing else is broadcast
+        and tuple(_result(node).shape) == (*query[:3], value[3])  # nothing else is broadcast
     )
+
+
+def _result(attention: fx.Node) -> torch.Tensor:
+    """What an attention gives, without the LSE."""
+    made = attention.meta["val"]
+    return cast(torch.Tensor, made[0] if isinstance(made, tuple | list) else made)
 
 
 def _is_node(argument: Any) -> TypeGuard[fx.Node]:
@@ -121,7 +134,7 @@ def _erase_unused(node: fx.Node) -> None:
 
 def _as_computed(write: GraphWriter, operand: fx.Node, attention: fx.Node) -> fx.Node:
     """`operand` in the type in which `attention` computes, which autocast may have chosen."""
-    dtype = attention.meta["val"].dtype
+    dtype = _result(attention).dtype
     if operand.meta["val"].dtype is dtype:
         return operand
     return write(aten._to_copy.default, operand, dtype=dtype)

@@ -27,12 +27,15 @@ from typing import Any
 import torch
 from torch import fx
 
-import paracompile.runtime.kernels  # noqa: F401  (registers the operator of a ring's step)
+import paracompile.runtime.visible  # noqa: F401  (registers the operators of a ring's step)
 from paracompile.layout.graph import writes
 from paracompile.patterns.autocast import AUTOCAST_EDGES
 from paracompile.patterns.exchanges import is_collective, is_wait
 
-_RING_STEP = torch.ops.paracompile.attention_with_lse.default
+_RING_STEPS = {
+    torch.ops.paracompile.attention_with_lse.default,
+    torch.ops.paracompile.attention_with_lse_to_visible.default,
+}
 _EDGES = AUTOCAST_EDGES | {torch.ops.higher_order.cond}
 
 
@@ -83,7 +86,7 @@ def _scheduled(region: Sequence[fx.Node]) -> list[fx.Node]:
                 rest.remove(first_wait)
             pending = rest
 
-    for anchor in (node for node in region if is_collective(node) or node.target is _RING_STEP):
+    for anchor in (node for node in region if is_collective(node) or node.target in _RING_STEPS):
         emit(_needed(anchor, position.keys(), done))
     emit(region)
     return order

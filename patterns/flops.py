@@ -115,5 +115,6 @@ _FORMULAS: dict[OpOverload[..., object], Callable[[Op], int]] = {
     aten.scaled_dot_product_attention.default: _attention,
     torch.ops.paracompile.attention_with_lse.default: _attention,
     torch.ops.paracompile.attention_to_visible.default: _attention,
+    torch.ops.paracompile.attention_with_lse_to_visible.default: _attention,
     **dict.fromkeys(_CONVOLUTIONS, _convolution),
 }

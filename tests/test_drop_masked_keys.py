@@ -41,6 +41,7 @@ from paracompile.runtime import visible
 ALL = IMAGE + TEXT
 MESHES: list[Mesh] = [{"ulysses": 2}, {"ring": 2}, {"batch": 2}]
 VISIBLE, ATTENTION = "paracompile.visible_keys.default", "paracompile.attention_to_visible.default"
+STEP = "paracompile.attention_with_lse_to_visible.default"
 SDPA = "scaled_dot_product_attention.default"
 
 on_meshes = pytest.mark.parametrize("mesh", MESHES, ids=mesh_name)
@@ -163,8 +164,12 @@ def test_one_rank_equals_eager(rows: list[list[bool]], batch: int) -> None:
 @on_meshes
 def test_several_ranks_equal_eager(mesh: Mesh, batch: int, kind: str) -> None:
     sharded = assert_sharded(randomise(Attend()), [tokens(), torch.tensor(ROWS[kind])[:batch]], mesh)
-    for graph in sharded.graphs:  # a ring's steps keep their masks
-        assert count(graph)[ATTENTION] == count(graph)[VISIBLE] == int("ring" not in mesh)
+    steps = mesh.get("ring", 1) if isinstance(mesh, dict) else 1
+    for graph in sharded.graphs:
+        operators = count(graph)
+        assert operators[VISIBLE] == steps
+        assert operators[STEP if steps > 1 else ATTENTION] == steps
+        assert not any(operators[name] for name in (SDPA, "paracompile.attention_with_lse.default"))
 
 
 HOW: dict[str, dict[str, Any]] = {
@@ -230,7 +235,7 @@ def test_masks_as_models_make_them_are_found_once_for_all_attentions(kind: type[
 def test_masks_as_models_make_them_on_several_ranks(kind: type[Joint], mesh: Mesh) -> None:
     inputs = [image_tokens(WIDTH), text_tokens(), prompts(5, 17)]
     sharded = assert_sharded(randomise(kind()), inputs, mesh)
-    assert count(sharded.graphs[0])[VISIBLE] == int("ring" not in mesh)
+    assert count(sharded.graphs[0])[VISIBLE] == (2 if "ring" in mesh else 1)  # one for the keys of each member
 
 
 def test_attentions_with_different_masks_each_drop_their_own_keys() -> None:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paracompile.runtime.kernels import attention_with_lse, precise
+
 
 @torch.library.custom_op("paracompile::visible_keys", mutates_args=())
 def visible_keys(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,13 +48,12 @@ def attention_to_visible(
 
     A row that sees no key gives 0, as a mask that hides all does.
     """
-    ranges = [(int(start), int(count)) for start, count in windows.tolist()]
-    if len(set(ranges)) == 1 and (ranges[0][0] >= 0 or len(ranges) == 1):
-        return _attend(query, key, value, order[0], *ranges[0], scale, enable_gqa)
+    parts = _visible_parts(query, key, value, order, windows)
+    if len(parts) == 1:
+        return _attend(*parts[0], scale, enable_gqa)
     result = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    for row, (start, count) in enumerate(ranges):
-        q, k, v = (part[row : row + 1] for part in (query, key, value))
-        result[row : row + 1] = _attend(q, k, v, order[row], start, count, scale, enable_gqa)
+    for row, part in enumerate(parts):
+        result[row : row + 1] = _attend(*part, scale, enable_gqa)
     return result
 
 
@@ -63,21 +64,48 @@ def _(
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    order: Tensor,
-    start: int,
-    count: int,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    if count == 0:
-        return query.new_zeros((*query.shape[:-1], value.shape[-1]))
+@torch.library.custom_op("paracompile::attention_with_lse_to_visible", mutates_args=())
+def attention_with_lse_to_visible(
+    query: Tensor, key: Tensor, value: Tensor, order: Tensor, windows: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """The same with the LSE of each row, as a ring's steps need it; see `attention_with_lse`."""
+    parts = _visible_parts(query, key, value, order, windows)
+    attended: list[tuple[Tensor, Tensor]] = [attention_with_lse(*part, None, None, scale) for part in parts]
+    if len(attended) == 1:
+        return attended[0]
+    result, lse = (torch.cat([part[place] for part in attended]) for place in (0, 1))
+    return result, lse
+
+
+@attention_with_lse_to_visible.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, order: Tensor, windows: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    shape = (*query.shape[:-1], value.shape[-1])
+    return query.new_empty(shape), query.new_empty(shape[:-1], dtype=precise(query.dtype))
+
+
+def _visible_parts(
+    query: Tensor, key: Tensor, value: Tensor, order: Tensor, windows: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Queries with the keys and values that they see: once where all rows see the same, else for each row."""
+    ranges = [(int(start), int(count)) for start, count in windows.tolist()]
+    if len(set(ranges)) == 1 and (ranges[0][0] >= 0 or len(ranges) == 1):
+        return [(query, *_visible(key, value, order[0], *ranges[0]))]
+    return [
+        (query[row : row + 1], *_visible(key[row : row + 1], value[row : row + 1], order[row], start, count))
+        for row, (start, count) in enumerate(ranges)
+    ]
+
+
+def _visible(key: Tensor, value: Tensor, order: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
     if start >= 0:
-        key, value = (part.narrow(-2, start, count) for part in (key, value))
-    else:
-        key, value = (part.index_select(-2, order[:count]) for part in (key, value))
+        return key.narrow(-2, start, count), value.narrow(-2, start, count)
+    return key.index_select(-2, order[:count]), value.index_select(-2, order[:count])
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, enable_gqa: bool) -> Tensor:
+    if key.shape[-2] == 0:
+        return query.new_zeros((*query.shape[:-1], value.shape[-1]))
     attended = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
     return attended.contiguous()
