@@ -9,20 +9,26 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from families import FAMILIES
 from torch._inductor.utils import run_and_get_code
+from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import paracompile
+from paracompile import patterns
+from paracompile.patterns.exchanges import Link
 
 pytestmark = pytest.mark.slow
 
 _START = re.compile(r"(\w+) = torch\.ops\._c10d_functional\.(all_to_all_single|all_gather_into_tensor)\.default\(")
 _WAIT = re.compile(r"torch\.ops\._c10d_functional\.wait_tensor\.default\((\w+)\)")
 _LINEAR = re.compile(r"extern_kernels\.(?:addmm|bmm|mm)\(")
-_ATTENTION = re.compile(r"torch\.ops\.aten\._scaled_dot_product\w+")
+_ATTENTION = re.compile(r"torch\.ops\.(aten\._scaled_dot_product|paracompile\.attention_with_lse)\w*")
 _KERNEL = re.compile(r"\bcpp_fused_(\w+)\(")
 
 
@@ -71,14 +77,18 @@ def _two_ranks_on_paper() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def compile_family(family: str, **lists: int) -> Code:
-    """Compiles a family's model, cut down to so many blocks in each list that no region is met twice."""
+def compile_family(family: str, mesh: DeviceMesh | None = None, **lists: int) -> Code:
+    """Compiles a family's model, cut down to so many blocks in each list that no region is met twice.
+
+    Exchanges cost nothing to start, so that none is put together with others.
+    """
     model, inputs = FAMILIES[family].build()
     for name, count in lists.items():
         setattr(model, name, getattr(model, name)[:count])
     reports: list[Any] = []
-    options: dict[str, Any] = {"inductor": {"fx_graph_cache": False}, "report": reports.append}
-    with torch.no_grad():
+    options: dict[str, Any] = {"mesh": mesh, "inductor": {"fx_graph_cache": False}, "report": reports.append}
+    torch._dynamo.reset()
+    with torch.no_grad(), mock.patch.object(patterns.exchanges, "_OTHERWISE", Link(start=0.0, rate=1.0)):
         _, sources = run_and_get_code(torch.compile(model, backend="paracompile", options=options), **inputs)
     assert len(sources) == reports[0].compilation.regions > 2
     return Code([call for region, source in enumerate(sources) for call in read(source, region)])
@@ -139,3 +149,15 @@ def test_what_needs_no_tokens_runs_while_a_result_travels(code: Code) -> None:
     """FLUX: the modulation of the next block; Wan: keys and values of the text for cross attention."""
     (*_, result), _ = exchanges(code)
     assert code.linears_under(result) >= 1
+
+
+@pytest.mark.usefixtures("_two_ranks_on_paper")
+@pytest.mark.parametrize("family, lists", [("flux", {"transformer_blocks": 1, "single_transformer_blocks": 1})])
+def test_in_a_ring_the_next_keys_travel_under_the_attention_on_the_present_ones(
+    family: str, lists: dict[str, int]
+) -> None:
+    code = compile_family(family, paracompile.init_mesh("cpu", max_ring_dim_size=2), **lists)
+    *passed_on, _ = code.starts()
+    assert len(passed_on) == 2
+    for exchange in passed_on:
+        assert ("attention", "") in code.between(("start", exchange), ("wait", exchange))

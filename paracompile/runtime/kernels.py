@@ -29,7 +29,8 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Attention of (*batch, heads, queries, size) and its LSE in `precise`, (*batch, heads, queries).
 
-    The batches of query, key and value broadcast; the result has theirs.
+    The batches of query, key and value broadcast; the result has theirs. In memory it is
+    (*batch, queries, heads, size), as the kernels make it of queries that lie so.
 
     args:
         key, value: (*batch, key heads, keys, size); the key heads divide the heads (grouped-query attention).
@@ -42,7 +43,9 @@ def attention_with_lse(
     shape = _result_shape(query, key, value)
     *batch, heads, _, _ = shape
     if key.shape[-2] == 0 or math.prod(shape) == 0:
-        return query.new_zeros(shape), query.new_full(shape[:-1], -math.inf, dtype=precise(query.dtype))
+        return tokens_outermost(query.new_zeros(shape)), query.new_full(
+            shape[:-1], -math.inf, dtype=precise(query.dtype)
+        )
     if key.shape[-3] != heads:
         key, value = (part.repeat_interleave(heads // part.shape[-3], dim=-3) for part in (key, value))
     # Flattened apart, batches that differ would be taken for each other's.
@@ -54,7 +57,7 @@ def attention_with_lse(
     mask, offset = _by_row(mask, batch), _by_row(offset, batch)
     kernel = _cuda if query.device.type == "cuda" else _cpu if query.device.type == "cpu" else reference
     result, lse = kernel(query, key, value, mask, offset, scale)
-    return result.reshape(shape).contiguous(), lse.reshape(shape[:-1]).contiguous()
+    return tokens_outermost(result.reshape(shape)), lse.reshape(shape[:-1]).contiguous()
 
 
 @attention_with_lse.register_fake
@@ -62,7 +65,12 @@ def _(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     shape = _result_shape(query, key, value)
-    return query.new_empty(shape), query.new_empty(shape[:-1], dtype=precise(query.dtype))
+    return tokens_outermost(query.new_empty(shape)), query.new_empty(shape[:-1], dtype=precise(query.dtype))
+
+
+def tokens_outermost(x: Tensor) -> Tensor:
+    """(*batch, heads, tokens, size) that lies in memory as (*batch, tokens, heads, size); `x` itself, if it does."""
+    return x.transpose(-3, -2).contiguous().transpose(-3, -2)
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:

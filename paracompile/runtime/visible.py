@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paracompile.runtime.kernels import attention_with_lse, precise
+from paracompile.runtime.kernels import attention_with_lse, precise, tokens_outermost
 
 
 @torch.library.custom_op("paracompile::visible_keys", mutates_args=())
@@ -74,7 +74,7 @@ def attention_with_lse_to_visible(
     if len(attended) == 1:
         return attended[0]
     result, lse = (torch.cat([part[place] for part in attended]) for place in (0, 1))
-    return result, lse
+    return tokens_outermost(result), lse
 
 
 @attention_with_lse_to_visible.register_fake
@@ -82,7 +82,7 @@ def _(
     query: Tensor, key: Tensor, value: Tensor, order: Tensor, windows: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     shape = (*query.shape[:-1], value.shape[-1])
-    return query.new_empty(shape), query.new_empty(shape[:-1], dtype=precise(query.dtype))
+    return tokens_outermost(query.new_empty(shape)), query.new_empty(shape[:-1], dtype=precise(query.dtype))
 
 
 def _visible_parts(

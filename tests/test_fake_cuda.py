@@ -1,0 +1,78 @@
+"""What a GPU would be asked to do at real sizes: kernels, copies, types, bytes. Nothing is computed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fake_cuda
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = fake_cuda.build(tmp_path_factory.mktemp("fake_cuda"))
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+def run(library: Path, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, fake_cuda.__file__, str(library), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_attention_takes_the_kernel_that_pytorch_chooses_and_no_mask_becomes_a_matrix(library: Path) -> None:
+    seen = run(library, "kernels")
+    assert {name: found["kernel"] for name, found in seen.items()} == {
+        "half": ["cudnn"],
+        "half, 100": ["cudnn"],  # padded, as PyTorch does
+        "half, 192": ["flash"],
+        "float32": ["efficient"],
+        "half, keys hidden": ["efficient"],
+        "half, additive": ["efficient"],
+        "half, 100, keys hidden": ["efficient"],
+    }
+    for name, found in seen.items():
+        # The result and its LSE; besides, queries, keys and values where they are padded.
+        assert found["peak"] < (4.3 if "100" in name else 1.1), name
+
+
+STEPS = {"one rank": 1, "ulysses 8": 1, "ring 8": 8, "ring 2 x ulysses 4": 2}
+ATTENTIONS = {
+    # (each once for all ranks, to be done in steps of a ring), and whether a mask hides keys from the latter
+    "flux": (0, 3, False),
+    "hunyuan_video": (2, 3, True),  # two among the text's tokens alone
+    "wan": (2, 2, False),  # two to the text
+    "stable_diffusion_3": (0, 3, False),
+}
+QUICK = ("flux", "hunyuan_video")
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.full) for name in ATTENTIONS]
+)
+def test_graphs_at_real_size(model: str, library: Path) -> None:
+    seen = run(library, "graphs", model)
+    once, in_steps, masked = ATTENTIONS[model]
+    assert len(seen) == 2 * len(STEPS)
+    for mesh, steps in STEPS.items():
+        for cache in ("no cache", "a cache"):
+            found = seen[f"{mesh}, {cache}"]
+            kernels = ["cudnn"] * once + ["visible" if masked else "cudnn"] * in_steps * steps
+            assert sorted(found["attentions"]) == sorted(kernels), mesh
+            assert found["looks"] == (steps if masked else 0), mesh
+            assert found["crossings"] == [], mesh
+            assert found["misaligned"] == [], mesh
+            assert found["sent"] == ([] if mesh == "one rank" else ["torch.bfloat16"]), mesh
+            assert found["early_waits"] == 0, mesh
+            # A ring sums up in float32; the cache compares residuals of the first block in it.
+            assert found["upcasts"] == (in_steps if steps > 1 else 0) + (5 if cache == "a cache" else 0), mesh
