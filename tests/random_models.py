@@ -70,6 +70,8 @@ MIDDLES: Mapping[str, Callable[[Tensor, Grid], Tensor]] = {
     "head as tokens": lambda x, grid: x + x.transpose(1, 2).contiguous().transpose(1, 2),
     "by batch": lambda x, grid: x + torch.stack([row * 0.5 for row in x]),
     "written": lambda x, grid: _written(x),
+    "written where": lambda x, grid: _written_where(x),
+    "strides": lambda x, grid: x + _every_second_channel(x).repeat_interleave(2, -1),
     "masked": lambda x, grid: torch.where(torch.arange(x.shape[1])[:, None] < x.shape[1] // 2, x, -x),
     "where": lambda x, grid: x.masked_fill(x > 1, 1.0),
     "halves": lambda x, grid: x + x[:, : x.shape[1] // 2 * 2].unflatten(1, (2, -1)).mean((1, 2))[:, None],
@@ -95,6 +97,18 @@ def _written(x: Tensor) -> Tensor:
     return result
 
 
+def _written_where(x: Tensor) -> Tensor:
+    """A boolean mask of two dimensions counts as one index."""
+    result = x.clone()
+    result[x[..., 0] > 0] = 0.5
+    return result
+
+
+def _every_second_channel(x: Tensor) -> Tensor:
+    rows, tokens, width = x.shape
+    return x.contiguous().as_strided((rows, tokens, width // 2), (tokens * width, width, 2))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What a model is made of.
@@ -104,6 +118,7 @@ class Recipe:
             in attention only; "cross": the text is attended to.
         convolution: over the tokens of the image, before the blocks.
         shared_batch: which inputs have one row for all of the batch.
+        together: queries, keys and values in one exchange.
     """
 
     mesh: Mapping[str, int]
@@ -125,6 +140,7 @@ class Recipe:
     registers: int
     shared_batch: tuple[str, ...]
     output: str
+    together: bool = False
 
     @property
     def image(self) -> int:
@@ -170,6 +186,7 @@ def recipes(choose: st.DrawFn) -> Recipe:
         registers=choose(st.sampled_from([0, 0, 0, 1, 3])),
         shared_batch=tuple(choose(st.lists(st.sampled_from(["text", "time", "mask"]), max_size=2, unique=True))),
         output=choose(st.sampled_from(["tokens", "picture", "both", "pooled", "named", "slice"])),
+        together=choose(st.booleans()),
     )
 
 

@@ -46,7 +46,7 @@ def test_equal_or_refused_by_an_error_with_a_remedy() -> None:
 def _outcome(recipe: Recipe) -> str:
     model, inputs = build(recipe)
     try:
-        assert_sharded(model, inputs, recipe.mesh, tolerance=TOLERANCE)
+        assert_sharded(model, inputs, recipe.mesh, tolerance=TOLERANCE, together=recipe.together)
     except ParacompileError as error:
         message = str(error)
         note(message)
