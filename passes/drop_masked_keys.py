@@ -1,20 +1,20 @@
 """Replaces masks that only hide keys by attention to the visible keys, without a mask.
 
     before                                               after
-    m: b8[batch, 1, 1, keys]                             order, windows = visible_keys(m)        (once)
-    o = attention(q, k, v, attn_mask=m)                  o = attention_to_visible(q, k, v, order, windows)
+    m: b8[batch, 1, 1, keys]                             order, windows = visible_keys(m, [keys])   (once)
+    o = attention(q, k, v, attn_mask=m)                  o = attention_to_visible(q, k, v, order, windows[0])
 
 Only boolean masks that hide the same keys from all heads and all queries of a row (their shape says so) are replaced:
 what such a mask hides takes no part at all. Masks that are computed alike (some models build theirs anew in each block)
-are one mask. Runs after sharding, where masks lie in the order in which keys arrive, and each step of a ring has one
-for its keys.
+are one mask. Runs after sharding, where masks lie in the order in which keys arrive; each step of a ring takes a part
+of one.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import Any, TypeGuard, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import fx
@@ -28,7 +28,7 @@ from paracompile.passes.writer import GraphWriter
 aten = torch.ops.aten
 ours = torch.ops.paracompile
 
-_TO_VISIBLE = {
+_TO_VISIBLE: dict[Any, tuple[Any, str, tuple[str, ...]]] = {
     # attention: what takes its place, the name of its mask, its other arguments
     aten.scaled_dot_product_attention.default: (
         ours.attention_to_visible.default,
@@ -48,21 +48,23 @@ def drop_masked_keys(gm: fx.GraphModule, example_inputs: Sequence[Any], *, found
     fake_mode = detect_fake_mode([node.meta["val"] for node in gm.graph.nodes if is_tensor(node)])
     assert fake_mode is not None
     first_alike = _first_alike(gm.graph)
-    visible: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    part_of = _parts({node: first_alike[_mask(node)] for node in masked}, first_alike)
+    visible: dict[_Part, tuple[fx.Node, fx.Node]] = {}
     for node in masked:
         arguments = named_arguments(node)
-        replacement, its_mask, others = _TO_VISIBLE[node.target]
-        mask = first_alike[arguments[its_mask]]
+        replacement, _, others = _TO_VISIBLE[node.target]
+        part = part_of[node]
         write = GraphWriter(fake_mode, gm.graph)
         write.origin = node
-        if mask not in visible:
-            visible[mask] = _visible(write, mask)
+        if part not in visible:
+            visible |= _visible(write, part.of, sorted({each for each in part_of.values() if each.of is part.of}))
         with gm.graph.inserting_before(node):
             operands = [_as_computed(write, arguments[name], node) for name in ("query", "key", "value")]
-            attended = write(replacement, *operands, *visible[mask], *(arguments[name] for name in others))
+            attended = write(replacement, *operands, *visible[part], *(arguments[name] for name in others))
         node.replace_all_uses_with(attended)
+        mask = _mask(node)
         gm.graph.erase_node(node)
-        _erase_unused(arguments[its_mask])
+        _erase_unused(mask)
     gm.graph.lint()
     gm.recompile()
     return gm
@@ -86,6 +88,10 @@ def hides_keys_only(node: fx.Node) -> bool:
         and query[0] == key[0] == value[0]
         and tuple(_result(node).shape) == (*query[:3], value[3])  # nothing else is broadcast
     )
+
+
+def _mask(attention: fx.Node) -> fx.Node:
+    return cast(fx.Node, named_arguments(attention)[_TO_VISIBLE[attention.target][1]])
 
 
 def _result(attention: fx.Node) -> torch.Tensor:
@@ -140,16 +146,51 @@ def _as_computed(write: GraphWriter, operand: fx.Node, attention: fx.Node) -> fx
     return write(aten._to_copy.default, operand, dtype=dtype)
 
 
-def _visible(write: GraphWriter, mask: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """`visible_keys` of a mask of shape (batch or 1, 1, 1, keys), written in order behind it."""
+class _Part(NamedTuple):
+    """Some columns of a mask."""
+
+    start: int
+    stop: int
+    of: fx.Node
+
+
+def _parts(masks: Mapping[fx.Node, fx.Node], first_alike: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, _Part]:
+    """What the mask of each attention is a part of, where such parts make up a whole, as those of a ring's steps do."""
+    parts = {}
+    for node, mask in masks.items():
+        parts[node] = _Part(0, mask.meta["val"].shape[-1], mask)
+        if mask.target is aten.slice.Tensor and mask.args[1] in (-1, 3) and len(mask.args) == 4:
+            whole, _, start, stop = mask.args
+            parts[node] = _Part(cast(int, start), cast(int, stop), first_alike[cast(fx.Node, whole)])
+    for whole in {part.of for part in parts.values()}:
+        edges = sorted({part[:2] for part in parts.values() if part.of is whole})
+        length = whole.meta["val"].shape[-1]
+        starts, stops = [0, *(stop for _, stop in edges)], [*(start for start, _ in edges), length]
+        if starts != stops:
+            own = {node: mask for node, mask in masks.items() if parts[node].of is whole}
+            parts |= {node: _Part(0, mask.meta["val"].shape[-1], mask) for node, mask in own.items()}
+    return parts
+
+
+def _visible(write: GraphWriter, mask: fx.Node, parts: Sequence[_Part]) -> dict[_Part, tuple[fx.Node, fx.Node]]:
+    """`visible_keys` of parts of a mask of shape (batch or 1, 1, 1, keys), written in order behind it."""
     shape = mask.meta["val"].shape
     inputs = write.graph.find_nodes(op="placeholder")
     with write.graph.inserting_after(inputs[-1] if mask in inputs else mask):
-        flat = write(aten.reshape.default, mask, [shape[0], shape[3]])
-    with write.graph.inserting_after(flat):
-        found = write(torch.ops.paracompile.visible_keys.default, flat)
-    with write.graph.inserting_after(found):
-        order = write(operator.getitem, found, 0)
-    with write.graph.inserting_after(order):
-        windows = write(operator.getitem, found, 1)
-    return order, windows
+        last = write(aten.reshape.default, mask, [shape[0], shape[3]])
+
+    def behind(target: Any, *arguments: Any) -> fx.Node:
+        nonlocal last
+        with write.graph.inserting_after(last):
+            last = write(target, *arguments)
+        return last
+
+    look = behind(ours.visible_keys.default, last, [part.stop - part.start for part in parts])
+    order, windows = (behind(operator.getitem, look, place) for place in (0, 1))
+    return {
+        part: (
+            behind(aten.slice.Tensor, order, 1, part.start, part.stop) if len(parts) > 1 else order,
+            behind(aten.select.int, windows, 0, number),
+        )
+        for number, part in enumerate(parts)
+    }

@@ -167,9 +167,29 @@ def test_several_ranks_equal_eager(mesh: Mesh, batch: int, kind: str) -> None:
     steps = mesh.get("ring", 1) if isinstance(mesh, dict) else 1
     for graph in sharded.graphs:
         operators = count(graph)
-        assert operators[VISIBLE] == steps
+        assert operators[VISIBLE] == 1
         assert operators[STEP if steps > 1 else ATTENTION] == steps
         assert not any(operators[name] for name in (SDPA, "paracompile.attention_with_lse.default"))
+
+
+@pytest.mark.parametrize("mesh", [{"ring": 4}, {"ring": 2, "ulysses": 2}], ids=mesh_name)
+def test_members_of_a_ring_without_keys(mesh: Mesh) -> None:
+    x, mask = draw(BATCH, 3, WIDTH), torch.tensor([[True, False, True], [False, False, True]])
+    sharded = assert_sharded(randomise(Attend()), [x, mask], mesh)
+    assert all(count(graph)[VISIBLE] == 1 for graph in sharded.graphs)
+
+
+def test_parts_of_a_mask_that_the_model_takes_itself() -> None:
+    """Slices that overlap, or leave a part out, are masks of their own."""
+
+    def run(x: Tensor, mask: Tensor) -> Tensor:
+        first = model.attend(x[:, :40], mask[:, None, None, :40])
+        return torch.cat([first, model.attend(x[:, 20:], mask[:, None, None, 20:])], dim=1)
+
+    model = randomise(Attend())
+    inputs = [tokens(), torch.tensor(ROWS["rows of different kinds"])]
+    assert_dropped(run, inputs, attentions=2, masks=2)
+    assert_sharded(run, inputs, {"ring": 2})
 
 
 HOW: dict[str, dict[str, Any]] = {
@@ -235,7 +255,7 @@ def test_masks_as_models_make_them_are_found_once_for_all_attentions(kind: type[
 def test_masks_as_models_make_them_on_several_ranks(kind: type[Joint], mesh: Mesh) -> None:
     inputs = [image_tokens(WIDTH), text_tokens(), prompts(5, 17)]
     sharded = assert_sharded(randomise(kind()), inputs, mesh)
-    assert count(sharded.graphs[0])[VISIBLE] == (2 if "ring" in mesh else 1)  # one for the keys of each member
+    assert count(sharded.graphs[0])[VISIBLE] == 1
 
 
 def test_attentions_with_different_masks_each_drop_their_own_keys() -> None:
@@ -427,17 +447,19 @@ def test_a_second_run_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_visible_keys_is_a_sound_operator(kind: str) -> None:
+@pytest.mark.parametrize("lengths", [[ALL], [30, 0, ALL - 30]], ids=["whole", "in parts"])
+def test_visible_keys_is_a_sound_operator(lengths: list[int], kind: str) -> None:
     mask = torch.tensor(ROWS[kind])
-    torch.library.opcheck(torch.ops.paracompile.visible_keys.default, (mask,))
-    order, windows = torch.ops.paracompile.visible_keys(mask)
-    for row, found, (start, number) in zip(mask, order, windows.tolist(), strict=True):
-        positions = row.nonzero().flatten()
-        assert number == len(positions)
-        assert found[:number].tolist() == positions.tolist()
-        assert sorted(found.tolist()) == list(range(ALL))
-        if start >= 0:
-            assert positions.tolist() == list(range(start, start + number))
+    torch.library.opcheck(torch.ops.paracompile.visible_keys.default, (mask, lengths))
+    order, windows = torch.ops.paracompile.visible_keys(mask, lengths)
+    for part, of_part, of_rows in zip(mask.split(lengths, 1), order.split(lengths, 1), windows.tolist(), strict=True):
+        for row, found, (start, number) in zip(part, of_part, of_rows, strict=True):
+            positions = row.nonzero().flatten()
+            assert number == len(positions)
+            assert found[:number].tolist() == positions.tolist()
+            assert sorted(found.tolist()) == list(range(part.shape[1]))
+            if start >= 0:
+                assert positions.tolist() == list(range(start, start + number))
 
 
 @pytest.mark.parametrize("kind", ["first ones", "rows of different kinds", "one row sees nothing"])
@@ -446,5 +468,8 @@ def test_attention_to_visible_is_a_sound_operator(kind: str, strides: str) -> No
     q, k, v = (draw(2, 4, number, size, seed=number) for number, size in ((9, 6), (ALL, 6), (ALL, 10)))
     if strides == "tokens first":
         q, k, v = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in (q, k, v))
-    found = torch.ops.paracompile.visible_keys(torch.tensor(ROWS[kind]))
-    torch.library.opcheck(torch.ops.paracompile.attention_to_visible.default, (q, k, v, *found, 0.3, False))
+    order, windows = torch.ops.paracompile.visible_keys(torch.tensor(ROWS[kind]), [ALL])
+    torch.library.opcheck(torch.ops.paracompile.attention_to_visible.default, (q, k, v, order, windows[0], 0.3, False))
+    torch.library.opcheck(
+        torch.ops.paracompile.attention_with_lse_to_visible.default, (q, k, v, order, windows[0], 0.3)
+    )

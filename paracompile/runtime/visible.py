@@ -7,6 +7,8 @@ kernel on those alone, with no mask. Lengths are data: one compiled graph serves
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,29 +17,38 @@ from paracompile.runtime.kernels import attention_with_lse, precise, tokens_oute
 
 
 @torch.library.custom_op("paracompile::visible_keys", mutates_args=())
-def visible_keys(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Which keys each row can see.
+def visible_keys(mask: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Which keys each row can see, part by part: attention takes one part at a time, in a ring, or all as one.
 
     args:
         mask: boolean, (rows, keys); True: visible.
+        lengths: of the parts, side by side.
 
     returns:
-        order: (rows, keys), the visible keys of each row in order, then the hidden ones.
-        windows: (rows, 2) on the CPU, where the visible keys begin (-1 if they do not lie side by side) and how many
-            there are. Reading them waits for the device, once for all attentions that share the mask.
+        order: (rows, keys), in the place of each part its visible keys in order, by their number in it, then the
+            others.
+        windows: (parts, rows, 2) on the CPU, where the visible keys of a part begin (-1 if they do not lie side by
+            side) and how many there are. Reading them waits for the device, once for all that share the mask.
     """
+    orders, windows = zip(*map(_look, torch.split(mask, list(lengths), dim=1)), strict=True)
+    return torch.cat(orders, dim=1), torch.stack(windows).cpu()
+
+
+def _look(mask: Tensor) -> tuple[Tensor, Tensor]:
     order = torch.argsort(~mask, dim=1, stable=True)
     counts = mask.sum(1)
+    if mask.shape[1] == 0:
+        return order, torch.stack([counts, counts], dim=1)
     first = order[:, 0]
     last = order.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
     adjacent = last - first + 1 == counts
-    return order, torch.stack([first.where(adjacent, -1), counts], dim=1).cpu()
+    return order, torch.stack([first.where(adjacent, -1), counts], dim=1)
 
 
 @visible_keys.register_fake
-def _(mask: Tensor) -> tuple[Tensor, Tensor]:
-    rows = mask.shape[0]
-    return mask.new_empty(mask.shape, dtype=torch.int64), torch.empty(rows, 2, dtype=torch.int64, device="cpu")
+def _(mask: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    windows = torch.empty(len(lengths), mask.shape[0], 2, dtype=torch.int64, device="cpu")
+    return mask.new_empty(mask.shape, dtype=torch.int64), windows
 
 
 @torch.library.custom_op("paracompile::attention_to_visible", mutates_args=())
