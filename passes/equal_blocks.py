@@ -181,7 +181,8 @@ def _provenance(members: Sequence[fx.Node], node: fx.Node) -> dict[str, Any]:
 def _constant(traced: fx.GraphModule, graph: fx.Graph, body: fx.GraphModule, node: fx.Node) -> fx.Node:
     """A constant of a body, as one of the graph that takes it in."""
     value = getattr(body, str(node.target))
-    name = f"_block_constant_{len(list(traced.buffers()))}"
+    # Of one tensor under several names `buffers` tells one only, and names would be given twice.
+    name = f"_block_constant_{len(list(traced.named_buffers(remove_duplicate=False)))}"
     traced.register_buffer(name, value)
     made = graph.get_attr(name)
     made.meta.update(node.meta)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import fx
@@ -119,8 +120,8 @@ class UnifiedAttention:
         if any(queries.local(rank) != keys.local(rank) for rank in range(self.ranks.sequence_size)):
             return False
         tokens = max(queries.local(rank) for rank in range(self.ranks.sequence_size))
-        largest = max(value.numel() // max(value.shape[-2], 1) * value.element_size() for value in values) * tokens
-        return link_of(values[0].device).is_mostly_start(largest)
+        a_token = max(prod(value.shape[:-2]) * value.shape[-1] * value.element_size() for value in values)
+        return link_of(values[0].device).is_mostly_start(a_token * tokens)
 
     def _all_to_heads(self, write: GraphWriter, attention: AttentionOnTokens, parts: Received) -> Received:
         """Each rank's heads of all three side by side, sent as heads of one tensor, and taken apart again."""

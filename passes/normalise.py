@@ -16,7 +16,7 @@ table of rules covers functions, methods, keywords and operators alike.
   shape, and `aten.linear` stays one node; `subclasses` spells it so that the real one is asked when it runs.
 - What autocast casts inside of attention is cast before it.
 - `as_strided` is spelled as what it selects (`strides`).
-- A number that is written into a tensor is made where the tensor is.
+- A number that the model states as a tensor is made on the device where it is used.
 - A mutated graph input is written back by `aten.copy_` at the end, the one in-place operator that remains.
 - Placeholders keep what Dynamo attached to them, without which AOTAutograd no longer knows the static weights.
 """
@@ -151,7 +151,7 @@ def _respell(node: fx.Node) -> None:
 
 
 def _place_numbers(traced: fx.GraphModule) -> None:
-    """Makes a number that is written into a tensor (`mask[0] = True`) where that tensor is.
+    """Makes a number that the model states (`mask[0] = True`, `torch.tensor(0.5)`) where it is used.
 
     Dynamo keeps it as a constant in the host's memory: to copy it to a GPU, the host would wait for all that runs
     there.

@@ -462,6 +462,14 @@ def test_visible_keys_is_a_sound_operator(lengths: list[int], kind: str) -> None
                 assert positions.tolist() == list(range(start, start + number))
 
 
+def test_attention_of_no_rows() -> None:
+    q, k, v = (torch.empty(0, 4, number, 6) for number in (9, ALL, ALL))
+    order, windows = torch.ops.paracompile.visible_keys(torch.empty(0, ALL, dtype=torch.bool), [ALL])
+    assert torch.ops.paracompile.attention_to_visible(q, k, v, order, windows[0], None, False).shape == q.shape
+    result, lse = torch.ops.paracompile.attention_with_lse_to_visible(q, k, v, order, windows[0], None)
+    assert (result.shape, lse.shape) == (q.shape, q.shape[:-1])
+
+
 @pytest.mark.parametrize("kind", ["first ones", "rows of different kinds", "one row sees nothing"])
 @pytest.mark.parametrize("strides", ["heads first", "tokens first"])
 def test_attention_to_visible_is_a_sound_operator(kind: str, strides: str) -> None:

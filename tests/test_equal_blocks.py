@@ -12,7 +12,7 @@ import torch
 from capture import Captured, capture, captured
 from families import ALL_FAMILIES
 from random_tensors import randomise
-from small_models import WIDTH, Block, image_tokens
+from small_models import WIDTH, Block, Denoiser, image_tokens
 from torch import Tensor, fx, nn
 
 from paracompile.errors import module_paths, source_line
@@ -47,6 +47,20 @@ def looks(gm: fx.GraphModule) -> list[Any]:
 def values(node: fx.Node) -> list[Tensor]:
     made = node.meta.get("val")
     return [made] if isinstance(made, Tensor) else list(made) if isinstance(made, (list, tuple)) else []
+
+
+class WithConstants(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.tensor([0.5]) + super().forward(x) * torch.tensor([0.25]) + torch.tensor(0.125)
+
+
+@pytest.mark.parametrize("depth", [3, 5])
+def test_several_constants_in_each_block(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomise(Denoiser(depth, block=WithConstants)).requires_grad_(False)
+    of = capture(model, {"hidden_states": image_tokens(), "timestep": torch.ones(2)})
+    folded, traced = both(of, monkeypatch)
+    for graph in (folded, traced):
+        assert torch.equal(graph(*of.arguments)[0], of.expected)
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)

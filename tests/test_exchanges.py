@@ -78,6 +78,13 @@ def test_only_where_an_exchange_is_mostly_its_start(start: float, count: int) ->
     assert sharded.collectives["all_to_all_single"] == count
 
 
+def test_a_rank_without_tokens_decides_as_the_others_do() -> None:
+    """Many rows of few tokens, which are worth an exchange each."""
+    sharded = assert_sharded(randomise(Attention()), [draw(1000, 3, WIDTH)], 4, together=True)
+    counts = [sum("all_to_all" in str(node.target) for node in graph.graph.nodes) for graph in sharded.graphs]
+    assert counts == [4] * 4
+
+
 def test_values_of_another_size_go_apart() -> None:
     model = randomise(Attention(values=2 * SIZE))
     assert assert_sharded(model, [image_tokens(WIDTH)], 2, together=True).collectives["all_to_all_single"] == 4

@@ -123,7 +123,8 @@ def _cuda(
             bias = bias - offset
         bias = bias.to(query.dtype).expand(*bias.shape[:-1], keys)
         hidden = (bias == -math.inf).all(-1)
-        # The efficient kernel wants rows of a bias to start at multiples of 16 elements.
+        # The kernels want the numbers of a row of the bias side by side, and its start at a multiple of 16 elements.
+        bias = bias if bias.stride(-1) == 1 else bias.contiguous()
         bias = _padded(bias, 16)[..., :keys].expand(*rows_and_heads, queries, keys)
     chosen = SDPBackend(torch._fused_sdp_choice(query, key, value, bias, 0.0, False, scale=scale))
     # The members of this enumeration are made anew at each look: `is` never holds.

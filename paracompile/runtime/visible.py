@@ -101,6 +101,8 @@ def _visible_parts(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Queries with the keys and values that they see: once where all rows see the same, else for each row."""
     ranges = [(int(start), int(count)) for start, count in windows.tolist()]
+    if not ranges:
+        return [(query, key, value)]
     if len(set(ranges)) == 1 and (ranges[0][0] >= 0 or len(ranges) == 1):
         return [(query, *_visible(key, value, order[0], *ranges[0]))]
     return [
