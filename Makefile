@@ -1,4 +1,4 @@
-# make run | test | test-all | gpu | wheels | lint | format | clean. Each makes .venv with what it needs first.
+# make run | test | test-all | gpu | wheels | gpu-offline | lint | format | clean. Each makes .venv with what it needs first.
 PYTHON ?= python3
 RANKS ?= 2
 RUN_ARGS ?=
@@ -17,14 +17,15 @@ WHEELS := build/wheels
 SITE := build/site
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test test-all gpu wheels lint format clean
+.PHONY: help venv run test test-all gpu wheels gpu-offline lint format clean
 
 help:
 	@echo 'make run        a small FluxPipeline on this CPU: plainly, over $(RANKS) ranks, and with blocks skipped'
 	@echo 'make test       the tests'
 	@echo 'make test-all   the tests and the long matrix'
 	@echo 'make gpu        checks and figures on a CUDA device, about ten minutes'
-	@echo 'make wheels     what make gpu needs on a machine that has torch and no network'
+	@echo 'make wheels     what make gpu-offline needs beside torch, on a machine without a network'
+	@echo 'make gpu-offline   the same as make gpu, with $$PYTHON and its torch, transformers, accelerate and the like'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make format     ruff, changing files'
 	@echo 'make clean      removes builds, caches and output (.venv stays)'
@@ -48,13 +49,15 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-# With the wheels here, on the torch of $(PYTHON); otherwise in .venv.
-gpu: $(if $(wildcard $(WHEELS)/*.whl),$(SITE),$(INSTALLED))
-	$(if $(wildcard $(WHEELS)/*.whl),PYTHONPATH=$(SITE) $(PYTHON),$(BIN)/python) examples/benchmarks/gpu $(GPU_ARGS)
+gpu: $(INSTALLED)
+	$(BIN)/python examples/benchmarks/gpu $(GPU_ARGS)
 
-$(SITE): $(wildcard $(WHEELS)/*.whl)
-	rm -rf $@
-	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --target $@ $(WHEELS)/*.whl
+# The code is that of this folder; the wheel of paracompile tells torch of the backend's name.
+gpu-offline:
+	@test -d $(WHEELS) || { echo 'there is no $(WHEELS): make wheels, where there is a network, and copy it'; exit 1; }
+	rm -rf $(SITE)
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --target $(SITE) $(WHEELS)/*.whl
+	PYTHONPATH=$(CURDIR):$(SITE) $(PYTHON) examples/benchmarks/gpu $(GPU_ARGS)
 
 wheels: $(INSTALLED)
 	rm -rf build

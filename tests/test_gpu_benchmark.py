@@ -27,7 +27,7 @@ def test_kernels_and_a_model_of_real_size(tmp_path: Path) -> None:
     code, lines, figures = run(tmp_path, "kernels", "flux", "--variants", "rank of 2, rdt")
     assert code == 0, lines
     assert len(figures["kernels"]) == 3 * 3 * 5
-    assert lines[-1].startswith("0 bad")
+    assert lines[-1].startswith("0 bad, 0 out of time")
     assert len(lines) == 3 * 3 * 5 + 1 + 1
     (measured,) = figures["flux"].values()
     assert measured["hits"] == [False, True]
@@ -47,9 +47,17 @@ def test_small_models(part: str, tmp_path: Path) -> None:
     assert len(figures[part]) == {"families": 4 * 4, "ranks": 4 * 6, "waits": 4 * 4}[part]
 
 
-def test_what_ends_early_is_a_bad_verdict(tmp_path: Path) -> None:
+def test_what_runs_out_of_time_is_said(tmp_path: Path) -> None:
     code, lines, figures = run(tmp_path, "kernels", "flux", "--variants", "eager", "--limit", "0")
-    assert code == 1
-    assert sorted(line[: line.index(":")] for line in lines[:-1]) == ["FAILED flux", "FAILED kernels"]
-    assert lines[-1].startswith("2 bad")
-    assert set(figures["flux"]) == {"eager ended early"}
+    assert code == 2
+    assert sorted(line[: line.index(":")] for line in lines[:-1]) == ["late flux", "late kernels"]
+    assert lines[-1].startswith("0 bad, 2 out of time")
+    assert set(figures["flux"]) == {"eager had no more time"}
+
+
+@pytest.mark.parametrize("wrong", [["kernel"], ["flux", "--variants", "paracompil"]])
+def test_what_there_is_not_is_said(wrong: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARK), "--device", "cpu", *wrong]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert f"no such {'variant' if len(wrong) > 1 else 'part'}: {wrong[-1]}" in done.stderr

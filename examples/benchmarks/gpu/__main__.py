@@ -51,13 +51,13 @@ class Run:
     """Parts in processes of their own; what they find goes to the screen and into one file.
 
     attributes:
-        failed: how many verdicts were bad.
+        bad, late: how many verdicts were bad, and how many processes ran out of time.
     """
 
     def __init__(self, device: str, out: Path, limit: float) -> None:
         self.device, self.out, self.deadline = device, out, time.monotonic() + limit
         self.limit_of_checks = LIMIT_OF_CHECKS if device == "cuda" else float("inf")
-        self.failed = 0
+        self.bad, self.late = 0, 0
         self._writing, self._measuring = threading.Lock(), threading.Lock()
         self._figures: Figures = {
             "date": str(date.today()),
@@ -70,31 +70,37 @@ class Run:
         with self._process("--check", *arguments, limit=self.limit_of_checks) as lines:
             for line in lines:
                 if line.startswith("CHECK "):
-                    self._note(arguments[0], *json.loads(line.removeprefix("CHECK ")))
+                    name, right, figures = json.loads(line.removeprefix("CHECK "))
+                    self._note(arguments[0], name, "ok" if right else "BAD", figures)
 
     def measure(self, part: str, name: str, all_compiled: threading.Barrier) -> None:
         """Compiles a variant, waits for the others to have done so, and measures it while no other is."""
         with self._process("--measure", part, name, limit=float("inf")) as lines:
             ready = any(line.startswith("READY") for line in iter(lines.readline, ""))
-            with contextlib.suppress(threading.BrokenBarrierError):
+            alone = True
+            try:
                 all_compiled.wait(LIMIT_OF_COMPILING)
+            except threading.BrokenBarrierError:
+                alone = False
             with self._measuring:
                 if ready:
                     lines.go()
                 for line in lines:
                     if line.startswith("FIGURES "):
-                        self._note(part, name, True, json.loads(line.removeprefix("FIGURES ")))
+                        figures = json.loads(line.removeprefix("FIGURES "))
+                        self._note(part, name, "ok", figures if alone else {**figures, "others were compiling": True})
 
-    def _note(self, part: str, name: str, right: bool, figures: Figures) -> None:
+    def _note(self, part: str, name: str, verdict: str, figures: Figures) -> None:
         with self._writing:
             self._figures.setdefault(part, {})[name] = figures
-            self.failed += not right
-            print(f"{'ok    ' if right else 'FAILED'} {part}: {name}: {_short(figures)}", flush=True)
+            self.bad += verdict == "BAD"
+            self.late += verdict == "late"
+            print(f"{verdict:4} {part}: {name}: {_short(figures)}", flush=True)
             self.out.write_text(json.dumps(self._figures, indent=1) + "\n")
 
     @contextlib.contextmanager
     def _process(self, what: str, part: str, *rest: str, limit: float) -> Iterator[_Lines]:
-        """A process of this program, and a bad verdict if it does not end well."""
+        """A process of this program, and a verdict if it does not end well."""
         process = subprocess.Popen(
             [sys.executable, str(Path(__file__).parent), "--device", self.device, what, part, *rest],
             stdin=subprocess.PIPE,
@@ -103,16 +109,21 @@ class Run:
             text=True,
         )
         lines = _Lines(process)
-        killer = threading.Timer(min(limit, max(0.0, self.deadline - time.monotonic())), process.kill)
+        out_of_time = threading.Event()
+        killer = threading.Timer(
+            min(limit, max(0.0, self.deadline - time.monotonic())), lambda: (out_of_time.set(), process.kill())
+        )
         killer.start()
         try:
             yield lines
         finally:
             code = process.wait()
             killer.cancel()
-            if code != 0:
-                name = " ".join([*rest, "ended early"])
-                self._note(part, name, False, {"code": code, "said": lines.errors()[-1500:]})
+            if out_of_time.is_set():
+                self._note(part, " ".join([*rest, "had no more time"]), "late", {})
+            elif code != 0:
+                said = {"code": code, "said": lines.errors()[-1500:]}
+                self._note(part, " ".join([*rest, "ended early"]), "BAD", said)
 
 
 class _Lines:
@@ -161,12 +172,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("output/gpu.json"), help="gets the figures")
     parser.add_argument("--limit", type=float, default=570.0, help="seconds for all of it")
     parser.add_argument("--variants", nargs="+", help="of flux and video: some only")
-    parser.add_argument("--at-a-time", type=int, default=5, help="models of real size in memory; 5 take 125 GB")
+    parser.add_argument(
+        "--at-a-time", type=int, help="models of real size in memory (28 GB each); as many as fit, or 5"
+    )
     parser.add_argument("--check", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(every):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    known = {name for variants in VARIANTS.values() for name in variants}
+    if unknown := set(arguments.variants or ()) - known:
+        parser.error(f"no such variant: {', '.join(sorted(unknown))}; there are: {', '.join(sorted(known))}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("this machine has no CUDA device; --device cpu runs everything but the figures")
     if arguments.device == "cpu":
@@ -191,12 +207,20 @@ def main() -> None:
         for name in variants
         if part in parts and (arguments.variants is None or name in arguments.variants)
     ]
-    for start in range(0, len(sizes), arguments.at_a_time):
-        some = sizes[start : start + arguments.at_a_time]
+    at_a_time = arguments.at_a_time or _fitting(arguments.device)
+    for start in range(0, len(sizes), at_a_time):
+        some = sizes[start : start + at_a_time]
         all_compiled = threading.Barrier(len(some))
         together([partial(run.measure, *size, all_compiled) for size in some], len(some))
-    print(f"{run.failed} bad; all figures are in {arguments.out}")
-    sys.exit(run.failed > 0)
+    print(f"{run.bad} bad, {run.late} out of time; all figures are in {arguments.out}")
+    sys.exit(1 if run.bad else 2 if run.late else 0)
+
+
+def _fitting(device: str) -> int:
+    """How many models of real size the device holds."""
+    if device == "cpu":
+        return os.cpu_count() or 1
+    return max(1, min(5, torch.cuda.get_device_properties(0).total_memory // 28_000_000_000))
 
 
 if __name__ == "__main__":
