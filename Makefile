@@ -23,7 +23,7 @@ help:
 	@echo 'make run        a small FluxPipeline on this CPU: plainly, over $(RANKS) ranks, and with blocks skipped'
 	@echo 'make test       the tests'
 	@echo 'make test-all   the tests and the long matrix'
-	@echo 'make gpu        checks and figures on a CUDA device, about ten minutes'
+	@echo 'make gpu        checks and figures on a CUDA device, ten minutes at most'
 	@echo 'make wheels     what make gpu-offline needs beside torch, on a machine without a network'
 	@echo 'make gpu-offline   the same as make gpu, with $$PYTHON and its torch, transformers, accelerate and the like'
 	@echo 'make lint       ruff and mypy'

@@ -270,6 +270,33 @@ def test_in_place_forms_become_functional(name: str) -> None:
     assert writes(graph) == []
 
 
+NUMBERS: dict[str, Model] = {
+    "written into a part": lambda x: _write_true(x > 0),
+    "written where a mask says": lambda x: _write_where(x.clone()),
+    "a tensor of no dimension": lambda x: x * torch.tensor(0.5) + torch.where(x > 0, torch.tensor(2.0), x),
+}
+
+
+def _write_where(x: Tensor) -> Tensor:
+    x[x > 1] = 0.0
+    return x
+
+
+def _write_true(mask: Tensor) -> Tensor:
+    mask[..., 0] = True
+    return mask
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_made_where_they_are_used(name: str) -> None:
+    """Constants of the host would be copied to a GPU at each call, and the host would wait for it."""
+    graph = assert_same(NUMBERS[name], draw(2, 6, 4)).graph
+    assert not [
+        node for node in graph.graph.nodes if node.op == "get_attr" and graph.get_buffer(node.target).dim() == 0
+    ]
+    assert "lift_fresh_copy.default" not in targets(graph)
+
+
 def halve_in_place(x: Tensor) -> Tensor:
     y = x + 1
     x.mul_(0.5)

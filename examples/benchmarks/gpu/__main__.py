@@ -1,6 +1,6 @@
 """What only a GPU shows: kernels against float64, small models, ranks in lockstep, host waits, and FLUX.1-dev's size.
 
-    python examples/benchmarks/gpu                          # about ten minutes on one H200
+    python examples/benchmarks/gpu                          # ten minutes at most (--limit)
     python examples/benchmarks/gpu kernels families         # some of the parts
     python examples/benchmarks/gpu flux --variants eager paracompile
     python examples/benchmarks/gpu --device cpu             # everything but the figures, small, on a CPU
