@@ -65,7 +65,7 @@ def as_called(
         like=_state_like(cache),
         threshold=threshold,
         static=tuple(captured.static),
-        signs=_signs(captured, cache),
+        signs=_signs(cache),
     )
 
 
@@ -116,16 +116,7 @@ def _state_like(cache: CacheLayout) -> StateLike:
     return StateLike(record, tuple(state))
 
 
-def _signs(captured: Captured, cache: CacheLayout) -> CallSigns:
+def _signs(cache: CacheLayout) -> CallSigns:
     """What stays the same through a generation is what is neither denoised nor a time; without both, nothing tells."""
     skipped = cache.skipped
-    if skipped.sample is None or not skipped.times:
-        return CallSigns(())
-    others = {skipped.sample, *skipped.times}
-    return CallSigns(
-        tuple(
-            index
-            for index, node in captured.changing.items()
-            if isinstance(node.meta.get("example_value"), torch.Tensor) and index not in others
-        )
-    )
+    return CallSigns(skipped.conditioning if skipped.sample is not None and skipped.times else ())

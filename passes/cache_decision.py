@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from paracompile.mesh import Ranks
+from paracompile.passes.fingerprints import NUMBERS, Habits
 from paracompile.passes.writer import GraphWriter
 from paracompile.runtime.collectives import all_reduce
 
@@ -33,12 +34,17 @@ class CacheRules:
 
 
 class Record:
-    """The places of the numbers in a record; times and their directions follow."""
+    """The places of the numbers in a record; times, their directions, and what is remembered of inputs follow."""
 
-    RATIO, HIT, STREAK, COMPUTED, STEPS, TIMES = range(6)
+    RATIO, HIT, STREAK, COMPUTED, STEPS, REUSABLE, TIMES = range(7)
 
     @staticmethod
-    def length(times: int) -> int:
+    def length(times: int, inputs: int) -> int:
+        return Record.habits(times) + NUMBERS * inputs
+
+    @staticmethod
+    def habits(times: int) -> int:
+        """Where what is remembered of the inputs begins."""
         return Record.TIMES + 2 * times
 
 
@@ -47,21 +53,20 @@ class Clock:
     """Where in a generation a call is; numbers of shape ().
 
     attributes:
-        continues: it follows a step of the same generation, of which something is stored.
+        reusable: it follows a step of the same trajectory, of which something is stored.
         streak: hits in a row before it.
         computed: steps computed before it, since something was last found not finite.
         steps: steps before it.
         distance: steps since the last one that was computed.
-        times, direction: the times of this call and the way they go (-1, 0 for not known, 1); None without any.
+        remembered: what the record says behind its numbers.
     """
 
-    continues: fx.Node
+    reusable: fx.Node
     streak: fx.Node
     computed: fx.Node
     steps: fx.Node
     distance: fx.Node
-    times: fx.Node | None
-    direction: fx.Node | None
+    remembered: list[fx.Node]
 
 
 class Decision:
@@ -81,15 +86,19 @@ class Decision:
         record: fx.Node,
         previous: fx.Node,
         times: Sequence[fx.Node],
+        inputs: Sequence[fx.Node],
+        free: int,
     ) -> None:
-        """`times` are the inputs that hold them; the others are the inputs of these names."""
+        """`times` are the inputs that hold them, `inputs` all that a call brings, the last `free` of which a step
+        changes; the others are the inputs of these names."""
         self.write = write
         self.rules = rules
         self.ranks = ranks
         self.control = control
         self.record = record
         self.previous = previous
-        self.inputs = times
+        self.times = self._flat(times)
+        self.habits = self._habits(inputs, free)
         self.clock = self._clock()
 
     def hit(self, before: fx.Node, after: fx.Node) -> fx.Node:
@@ -100,7 +109,7 @@ class Decision:
         change = sum_of_sizes(write, write(aten.sub.Tensor, as_float(write, residual), as_float(write, self.previous)))
         size = sum_of_sizes(write, as_float(write, self.previous))
         threshold = write(aten.select.int, self.control, 0, 0)
-        allowed = write(aten.logical_and.default, clock.continues, write(aten.gt.Scalar, threshold, 0))
+        allowed = write(aten.logical_and.default, clock.reusable, write(aten.gt.Scalar, threshold, 0))
         steps = write(aten.ge.Scalar, clock.steps, self.rules.warmup_steps)
         allowed = write(aten.logical_and.default, allowed, steps)
         if self.rules.max_consecutive_hits is not None:
@@ -118,51 +127,86 @@ class Decision:
         return hit
 
     def _clock(self) -> Clock:
-        """Where in a generation this call is, told from its times: a generation goes one way through them."""
+        """Where in a generation this call is: told from its times, through which a generation goes one way."""
         write = self.write
         entry = {
             name: write(aten.select.int, self.record, 0, place)
             for name, place in (("streak", Record.STREAK), ("computed", Record.COMPUTED), ("steps", Record.STEPS))
         }
-        started = write(aten.gt.Scalar, entry["steps"], 0)
-        direction = None
-        times = self._times()
-        continues = started
-        if times is not None:
-            count = times.meta["val"].numel()
-            last = write(aten.slice.Tensor, self.record, 0, Record.TIMES, Record.TIMES + count)
-            before = write(aten.slice.Tensor, self.record, 0, Record.TIMES + count, Record.TIMES + 2 * count)
-            step = write(aten.sign.default, write(aten.sub.Tensor, times, last))
-            still = write(aten.eq.Scalar, step, 0)
-            free = write(aten.logical_or.default, still, write(aten.eq.Scalar, before, 0))
-            onward = write(aten.logical_or.default, free, write(aten.eq.Tensor, step, before))
-            moved = write(aten.logical_not.default, write(aten.all.default, still))
-            continues = write(aten.logical_and.default, started, moved)
-            continues = write(aten.logical_and.default, continues, write(aten.all.default, onward))
-            direction = write(aten.where.self, still, before, step)
-            direction = write(aten.mul.Tensor, direction, as_float(write, continues))
-        factor = as_float(write, continues)
-        streak, computed, steps = (write(aten.mul.Tensor, entry[name], factor) for name in entry)
-        valid = write(aten.logical_and.default, continues, write(aten.gt.Scalar, computed, 0))
+        unnamed, known = (write(aten.gt.Scalar, write(aten.select.int, self.control, 0, place), 0) for place in (1, 2))
+        named = write(aten.logical_not.default, unnamed)
+        continues = write(aten.gt.Scalar, entry["steps"], 0)
+        remembered = []
+        if self.times is not None:
+            onward, direction = self._onward(self.times, known)
+            continues = write(aten.logical_and.default, continues, onward)
+            remembered = [self.times, write(aten.mul.Tensor, direction, as_float(write, continues))]
+        # Two images in turn look like one first step after the other. Whose step comes next nobody can say, so it
+        # computes as well, and does so in every generation: none must depend on whether there was one before.
+        told = write(
+            aten.logical_or.default,
+            write(aten.logical_or.default, named, known),
+            write(aten.gt.Scalar, entry["steps"], 1),
+        )
+        stored = write(aten.logical_and.default, continues, told)
+        reusable = stored
+        if self.habits is not None:
+            kept = write(aten.logical_or.default, named, self.habits.kept)
+            stored = write(aten.logical_and.default, stored, kept)
+            learns = write(aten.logical_and.default, continues, self.habits.kept)
+            remembered.append(write(aten.where.self, learns, self.habits.numbers, self.habits.anew))
+            confirmed = write(aten.logical_or.default, named, self.habits.confirmed)
+            reusable = write(aten.logical_and.default, stored, confirmed)
+        steps = write(aten.mul.Tensor, entry["steps"], as_float(write, continues))
+        streak, computed = (
+            write(aten.mul.Tensor, entry[name], as_float(write, stored)) for name in ("streak", "computed")
+        )
         return Clock(
-            continues=valid,
+            reusable=write(aten.logical_and.default, reusable, write(aten.gt.Scalar, computed, 0)),
             streak=streak,
             computed=computed,
             steps=steps,
             distance=write(aten.add.Scalar, streak, 1),
-            times=times,
-            direction=direction,
+            remembered=remembered,
         )
 
-    def _times(self) -> fx.Node | None:
+    def _onward(self, times: fx.Node, known: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Whether the times go on the way that they went, and that way: -1, 0 for not known, or 1 for each.
+
+        Only where the host knows that a step was made since the last call may all of them stand still.
+        """
+        write = self.write
+        count = times.meta["val"].numel()
+        last = write(aten.slice.Tensor, self.record, 0, Record.TIMES, Record.TIMES + count)
+        before = write(aten.slice.Tensor, self.record, 0, Record.TIMES + count, Record.TIMES + 2 * count)
+        step = write(aten.sign.default, write(aten.sub.Tensor, times, last))
+        still = write(aten.eq.Scalar, step, 0)
+        free = write(aten.logical_or.default, still, write(aten.eq.Scalar, before, 0))
+        onward = write(aten.all.default, write(aten.logical_or.default, free, write(aten.eq.Tensor, step, before)))
+        moved = write(aten.logical_not.default, write(aten.all.default, still))
+        moved = write(aten.logical_or.default, moved, known)
+        return write(aten.logical_and.default, onward, moved), write(aten.where.self, still, before, step)
+
+    def _habits(self, inputs: Sequence[fx.Node], free: int) -> Habits | None:
+        if not inputs:
+            return None
+        start = Record.habits(0 if self.times is None else self.times.meta["val"].numel())
+        last = self.write(aten.slice.Tensor, self.record, 0, start, start + NUMBERS * len(inputs))
+        return Habits(self.write, last, inputs, free=free, device=self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.record.meta["val"].device
+        return device
+
+    def _flat(self, times: Sequence[fx.Node]) -> fx.Node | None:
         """All inputs that hold times, as one vector of float32."""
         write = self.write
-        device = self.record.meta["val"].device
-        if not self.inputs:
+        if not times:
             return None
-        flat = [write(aten.reshape.default, node, [-1]) for node in self.inputs]
+        flat = [write(aten.reshape.default, node, [-1]) for node in times]
         return write(
-            aten.cat.default, [write(aten._to_copy.default, x, dtype=torch.float32, device=device) for x in flat]
+            aten.cat.default, [write(aten._to_copy.default, x, dtype=torch.float32, device=self._device) for x in flat]
         )
 
     def new_record(self, hit: fx.Node, fine: fx.Node) -> fx.Node:
@@ -172,17 +216,10 @@ class Decision:
         streak = write(aten.mul.Tensor, clock.distance, hits)
         computed = write(aten.mul.Tensor, write(aten.add.Scalar, clock.computed, 1), fine)
         computed = write(aten.where.self, hit, clock.computed, computed)
-        # Two images in turn look like one first step after the other. Whose step comes next nobody can say, so it
-        # computes as well, and does so in every generation: none must depend on whether there was one before.
-        unnamed = write(aten.gt.Scalar, write(aten.select.int, self.control, 0, 1), 0)
-        doubt = write(aten.logical_and.default, unnamed, write(aten.eq.Scalar, clock.steps, 0))
-        computed = write(aten.masked_fill.Scalar, computed, doubt, 0)
         ratio = write(aten.masked_fill.Scalar, self.ratio, write(aten.eq.Scalar, clock.computed, 0), float("nan"))
-        numbers = [ratio, hits, streak, computed, write(aten.add.Scalar, clock.steps, 1)]
-        record = write(aten.stack.default, numbers)
-        if clock.times is None or clock.direction is None:
-            return record
-        return write(aten.cat.default, [record, clock.times, clock.direction])
+        steps = write(aten.add.Scalar, clock.steps, 1)
+        numbers = [ratio, hits, streak, computed, steps, as_float(write, clock.reusable)]
+        return write(aten.cat.default, [write(aten.stack.default, numbers), *clock.remembered])
 
 
 def residual_of(write: GraphWriter, before: fx.Node, after: fx.Node, rules: CacheRules) -> fx.Node:

@@ -15,7 +15,8 @@ State comes in as further graph inputs, behind the graph's own, and only `comput
 copies nothing. What is a number or two a call (the last timestep, how many hits in a row) is the *record*: it comes in
 as one input and leaves as one more output, so that the host never waits for it.
 
-    control  f32[2]    threshold (0: compute), and whether nobody named the slot (1: nobody did)
+    control  f32[3]    threshold (0: compute); whether nobody named the slot (1: nobody did); whether the host knows
+                       that a step of the same generation ended since the slot's last call (1: it did)
     record   f32[n]    see `Record`
     state    previous residual; then for each stored value its residual and, for TaylorSeer, its differences
 
@@ -121,6 +122,8 @@ class _Writer:
                 record=self.record,
                 previous=self.previous,
                 times=[self._placeholder(index) for index in self.skipped.times],
+                inputs=[self._placeholder(index) for index in self.skipped.inputs],
+                free=self.skipped.free,
             )
             hit, clock = decision.hit(before, after), decision.clock
             shared = {**operands, clock.computed: None, clock.distance: None}
@@ -243,8 +246,9 @@ class _Writer:
                 count = self.rules.taylor_order + 1 if value.enter is not None else 1
                 like += [torch.empty(made.shape, dtype=made.dtype, device=made.device) for _ in range(count)]
             times = sum(self._placeholder(index).meta["val"].numel() for index in self.skipped.times)
-            record = torch.empty(Record.length(times), dtype=torch.float32, device=sample.device)
-            control = torch.empty(2, dtype=torch.float32, device=sample.device)
+            length = Record.length(times, len(self.skipped.inputs))
+            record = torch.empty(length, dtype=torch.float32, device=sample.device)
+            control = torch.empty(3, dtype=torch.float32, device=sample.device)
         self.control = self._input("cache_control", control)
         self.record = self._input("cache_record", record)
         self.previous = self._input("cache_previous", like[0])

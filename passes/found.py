@@ -20,12 +20,24 @@ class Skipped:
         middle: those that may be skipped.
         sample: the place of the graph input that is denoised, among all inputs; None where it is not clear.
         times: the places of timesteps, and of inputs like them that hold one number a row or one at all: guidance.
+        inputs: the places of all tensors that a call brings; what changes in the course of a generation comes last.
     """
 
     blocks: tuple[str, ...]
     middle: tuple[str, ...]
     sample: int | None
     times: tuple[int, ...]
+    inputs: tuple[int, ...]
+
+    @property
+    def free(self) -> int:
+        """How many inputs change in the course of a generation, or may: the times and the sample."""
+        return len(self.times) + (self.sample is not None)
+
+    @property
+    def conditioning(self) -> tuple[int, ...]:
+        """The places of the others."""
+        return self.inputs[: len(self.inputs) - self.free]
 
 
 @dataclass(frozen=True)

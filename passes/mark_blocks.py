@@ -103,7 +103,10 @@ def mark_blocks(
         if source is not None:
             _mark(source, f"enter {number}")
     times = _times(gm.graph)
-    found.skipped = Skipped(paths, paths[first_blocks:end], _sample(gm.graph, stream, times), times)
+    sample = _sample(gm.graph, stream, times)
+    free = (*times, *([] if sample is None else [sample]))
+    inputs = (*(index for index, _ in _call_inputs(gm.graph) if index not in free), *free)
+    found.skipped = Skipped(paths, paths[first_blocks:end], sample, times, inputs)
     return gm
 
 

@@ -94,12 +94,13 @@ class Generation:
     state: list[list[Tensor]]
     steps: list[Step] = field(default_factory=list)
 
-    def step(self, inputs: Inputs, rdt: float | Sequence[float], *, unnamed: bool = False) -> Step:
-        """One call of all ranks; `rdt` may be given by rank, and `unnamed` says that nobody named the slot."""
+    def step(self, inputs: Inputs, rdt: float | Sequence[float], *, unnamed: bool = False, known: bool = False) -> Step:
+        """One call of all ranks; `rdt` may be given by rank. `unnamed`: nobody named the slot; `known`: the host knows
+        that a step was made since its last call."""
         arguments = arguments_of(self.graphs.of, inputs)
         thresholds = [rdt] * len(self.records) if isinstance(rdt, (int, float)) else rdt
         given = [
-            [*arguments, torch.tensor([threshold, float(unnamed)]), record, *state]
+            [*arguments, torch.tensor([threshold, float(unnamed), float(known)]), record, *state]
             for threshold, record, state in zip(thresholds, self.records, self.state, strict=True)
         ]
         with torch.no_grad():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
-from torch import Tensor
-
 from paracompile.passes.cache_decision import Record
+from paracompile.runtime.history import History
 
 
 @dataclass(frozen=True)
@@ -79,20 +79,42 @@ class CacheStats:
         )
 
 
-def stats_of(histories: Iterable[Mapping[str, list[Tensor]]]) -> CacheStats:
-    """Reads records; waits for the device."""
+def stats_of(histories: Iterable[History]) -> CacheStats:
+    """Reads records; waits for the device. Slots of several graphs that are called the same are numbered."""
     slots: dict[str, tuple[Step, ...]] = {}
-    for number, history in enumerate(histories):
-        for name, records in history.items():
-            slots[name if name not in slots else f"{name} ({number})"] = _steps(records)
+    for history in histories:
+        for title, steps in _present(history):
+            numbered = (f"{title} ({number})" for number in count(1))
+            name = title if title not in slots else next(name for name in numbered if name not in slots)
+            slots[name] = steps
     return CacheStats(slots)
 
 
-def _steps(records: list[Tensor]) -> tuple[Step, ...]:
-    """The steps since the last that began a generation."""
-    numbers = [record.tolist() for record in records]
-    first = max((index for index, record in enumerate(numbers) if record[Record.STEPS] == 1), default=0)
+def _present(history: History) -> list[tuple[str, tuple[Step, ...]]]:
+    """The slots of the last generation of a history, and its steps."""
+    read = [(line, [record.tolist() for record in line.records]) for line in history.lines.values()]
+    if history.whole:
+        return [(line.title, _steps(records)) for line, records in read]
+    starts = [_beginning(records) for _, records in read]
+    # Sizes change from one generation to the next, and graphs with them: those not called since it began are left out.
+    graph = max(read, key=lambda each: each[0].calls[-1])[0].graph if read else None
+    began = min(
+        (line.calls[start] for (line, _), start in zip(read, starts, strict=True) if line.graph == graph), default=0
+    )
+    return [
+        (line.title, _steps(records[start:]))
+        for (line, records), start in zip(read, starts, strict=True)
+        if line.calls[-1] >= began
+    ]
+
+
+def _beginning(records: Sequence[Sequence[float]]) -> int:
+    """Where the last generation among these records begins."""
+    return max((index for index, record in enumerate(records) if record[Record.STEPS] == 1), default=0)
+
+
+def _steps(records: Iterable[Sequence[float]]) -> tuple[Step, ...]:
     return tuple(
         Step(bool(record[Record.HIT]), record[Record.RATIO] if math.isfinite(record[Record.RATIO]) else None)
-        for record in numbers[first:]
+        for record in records
     )

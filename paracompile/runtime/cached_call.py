@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from paracompile.runtime.history import History
 from paracompile.runtime.slots import UNKNOWN, Call, CallSigns, Generation, current_generation, current_name
 
 __all__ = ["CachedCall", "ModelCache", "StateLike", "caches_of", "forget_all", "graph_compiled"]
 
-_MOST_SLOTS = 8  # of calls that nobody named; the oldest go first
-_MOST_RECORDS = 4096  # of one slot
+_MOST_SLOTS = 8  # of calls of one name, or of none
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,45 @@ class Slot:
     """The state of one trajectory in one graph.
 
     attributes:
-        name: what it is called in statistics.
+        title: what it is called in statistics.
+        name: what its calls are named; None where nobody names them.
+        place: which call of a step it is, among those of its name.
         record: the last record; zeros where nothing is stored.
         state: the stored values.
-        call: the signs of the last call, where calls are told apart by them.
+        call: the signs of its first call, where nobody names them.
+        step: the step of its last call, as its generation counts them.
     """
 
-    name: str
+    title: str
+    name: str | None
+    place: int
     record: Tensor
     state: list[Tensor]
     call: Call | None = None
+    step: int | None = None
+
+
+@dataclass(eq=False)
+class SlotsOfGraph:
+    """The slots of one graph in one generation.
+
+    attributes:
+        all: they, in the order in which they were made.
+        calls: by name, the step of the last call, and how many calls of that step there were.
+    """
+
+    all: list[Slot] = field(default_factory=list)
+    calls: dict[str | None, tuple[int, int]] = field(default_factory=dict)
+
+    def place(self, name: str | None, step: int) -> int:
+        """Which call of this step and this name the present one is, from 0."""
+        last, calls = self.calls.get(name, (step, 0))
+        calls = calls if last == step else 0
+        self.calls[name] = step, calls + 1
+        return calls
+
+    def keep(self, slots: Iterable[Slot]) -> None:
+        self.all[:] = slots
 
 
 @dataclass(eq=False)
@@ -61,17 +90,15 @@ class Held:
 
     attributes:
         slots: by graph.
-        history: the records, by slot's name.
+        history: what the slots recorded.
     """
 
-    slots: weakref.WeakKeyDictionary[CachedCall, list[Slot]] = field(default_factory=weakref.WeakKeyDictionary)
-    history: dict[str, list[Tensor]] = field(default_factory=dict)
+    slots: weakref.WeakKeyDictionary[CachedCall, SlotsOfGraph] = field(default_factory=weakref.WeakKeyDictionary)
+    history: History = field(default_factory=History)
 
-    def remember(self, slot: Slot, record: Tensor) -> None:
+    def remember(self, graph: CachedCall, slot: Slot, record: Tensor) -> None:
         slot.record = record
-        records = self.history.setdefault(slot.name, [])
-        records.append(record)
-        del records[:-_MOST_RECORDS]
+        self.history.add(graph, slot.title, record)
 
 
 @dataclass(eq=False)
@@ -80,20 +107,20 @@ class ModelCache:
 
     attributes:
         threshold: what `set_rdt` said; None: what the options said.
-        history: the records of the generation that was called last, by slot's name.
+        history: of the generation that was called last.
         caches: whether any graph of the model was compiled with a cache; None: none was compiled yet.
         held: by generation.
     """
 
     threshold: float | None = None
-    history: dict[str, list[Tensor]] = field(default_factory=dict)
+    history: History = field(default_factory=History)
     caches: bool | None = None
     held: weakref.WeakKeyDictionary[Generation, Held] = field(default_factory=weakref.WeakKeyDictionary)
 
     def slots(self) -> list[Slot]:
         """All that there are."""
         of_graphs = [of_graph for held in list(self.held.values()) for of_graph in list(held.slots.values())]
-        return [slot for slots in of_graphs for slot in slots]
+        return [slot for slots in of_graphs for slot in slots.all]
 
     def forget(self, generation: Generation | None = None) -> None:
         """Forgets the state of a generation, or of all; what was recorded stays readable until the next call."""
@@ -104,7 +131,10 @@ class ModelCache:
 
     def begin_call(self) -> Held:
         """What is stored for the generation that a call belongs to."""
-        held = self.held.setdefault(current_generation(), Held())
+        generation = current_generation()
+        held = self.held.get(generation)
+        if held is None:
+            held = self.held[generation] = Held(history=History(whole=generation.is_loop))
         self.history = held.history
         return held
 
@@ -148,10 +178,10 @@ def forget_all(generation: Generation | None = None) -> None:
 
 
 @cache
-def _control(threshold: float, unnamed: bool, device: torch.device) -> Tensor:
+def _control(threshold: float, unnamed: bool, known: bool, device: torch.device) -> Tensor:
     """Made once: no copy to the device at each step."""
     with torch.inference_mode(False):
-        return torch.tensor([threshold, float(unnamed)], dtype=torch.float32, device=device)
+        return torch.tensor([threshold, float(unnamed), float(known)], dtype=torch.float32, device=device)
 
 
 @dataclass(eq=False)
@@ -178,16 +208,19 @@ class CachedCall:
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         model = self._model(args)
         held = model.begin_call()
-        slots = held.slots.setdefault(self, [])
-        slot = self._slot(slots, args)
+        slots = held.slots.setdefault(self, SlotsOfGraph())
+        generation, name = current_generation(), current_name()
+        slot = self._slot(slots, generation, name, args)
+        known = generation.is_loop and slot.step is not None and slot.step < generation.steps
+        slot.step = generation.steps
         threshold = self.threshold if model.threshold is None else model.threshold
-        control = _control(threshold, slot.call is not None, slot.record.device)
+        control = _control(threshold, name is None, known, slot.record.device)
         try:
             *outputs, record = self.compiled(*self.prepare(args), control, slot.record, *slot.state)
         except BaseException:
-            slots[:] = [other for other in slots if other is not slot]  # some of its state may be written, some not
+            slots.keep(other for other in slots.all if other is not slot)  # some of its state may be written, some not
             raise
-        held.remember(slot, record)
+        held.remember(self, slot, record)
         return tuple(outputs)
 
     def _model(self, args: Sequence[Any]) -> ModelCache:
@@ -199,34 +232,53 @@ class CachedCall:
             known = _caches[parameter] = ModelCache()
         return known
 
-    def _slot(self, slots: list[Slot], args: Sequence[Any]) -> Slot:
+    def _slot(self, slots: SlotsOfGraph, generation: Generation, name: str | None, args: Sequence[Any]) -> Slot:
         """The slot of this call among those of its generation, and made there if it is new."""
-        name = current_name()
+        if generation.is_loop and generation.steps > 0:
+            return self._by_place(slots, name, slots.place(name, generation.steps))
         if name is not None:
-            named = next((slot for slot in slots if slot.name == name and slot.call is None), None)
-            if named is None:
-                named = self._new(name)
-                slots.append(named)
-            return named
-        call = self.signs.of(args)
-        if call is None:
-            slots[:] = [slot for slot in slots if slot.name != UNKNOWN]
-            slots.append(self._new(UNKNOWN))  # nothing tells it from others: never reused
-            return slots[-1]
-        for slot in slots:
-            if slot.call is not None and call.continues(slot.call):
-                return slot
-        told = [slot for slot in slots if slot.call is not None and slot.call.alive()]
-        slots[:] = [slot for slot in slots if slot.call is None] + told[-_MOST_SLOTS + 1 :]
-        taken = {slot.name for slot in slots}
-        number = next(number for number in range(1, _MOST_SLOTS + 2) if f"call {number}" not in taken)
-        slots.append(self._new(f"call {number}", call))
-        return slots[-1]
+            return self._by_place(slots, name, 0)
+        return self._by_signs(slots, generation, args)
 
-    def _new(self, name: str, call: Call | None = None) -> Slot:
+    def _by_place(self, slots: SlotsOfGraph, name: str | None, place: int) -> Slot:
+        for slot in slots.all:
+            if (slot.name, slot.place) == (name, place):
+                return slot
+        if place >= _MOST_SLOTS:  # never ending a step, it would take all memory
+            return self._untold(slots)
+        return self._new(slots, name, place)
+
+    def _by_signs(self, slots: SlotsOfGraph, generation: Generation, args: Sequence[Any]) -> Slot:
+        """Of calls that nobody named, while no step is known to have ended."""
+        call = self.signs.of(args)
+        if call is None and not generation.is_loop:
+            return self._untold(slots)
+        unnamed = [slot for slot in slots.all if slot.name is None]
+        for slot in unnamed:
+            if call is not None and slot.call is not None and call.continues(slot.call):
+                return slot
+        if not generation.is_loop:
+            unnamed = [slot for slot in unnamed if slot.call is not None and slot.call.alive()]
+            unnamed = unnamed[-_MOST_SLOTS + 1 :]
+            slots.keep([*(slot for slot in slots.all if slot.name is not None), *unnamed])
+        taken = {slot.place for slot in unnamed}
+        place = next(place for place in range(_MOST_SLOTS + 1) if place not in taken)
+        return self._untold(slots) if place == _MOST_SLOTS else self._new(slots, None, place, call)
+
+    def _untold(self, slots: SlotsOfGraph) -> Slot:
+        """For a call that nothing tells from others: a slot that is never reused."""
+        slots.keep(slot for slot in slots.all if slot.title != UNKNOWN)
+        return self._new(slots, None, -1, title=UNKNOWN)
+
+    def _new(
+        self, slots: SlotsOfGraph, name: str | None, place: int, call: Call | None = None, title: str | None = None
+    ) -> Slot:
         with torch.inference_mode(False), torch.no_grad():
             record, *state = (
                 torch.zeros(shape, dtype=dtype, device=device)
                 for shape, dtype, device in (self.like.record, *self.like.state)
             )
-        return Slot(name, record, state, call)
+        if title is None:
+            title = f"call {place + 1}" if name is None else name if place == 0 else f"{name} {place + 1}"
+        slots.all.append(Slot(title, name, place, record, state, call))
+        return slots.all[-1]

@@ -1,9 +1,13 @@
 """Which trajectory a call belongs to: the conditional pass and the unconditional one never share state.
 
-A name says it outright: `cache_context` of paracompile, or of diffusers' models (its pipelines use it). Without a name
-the calls themselves tell: a pipeline passes the very same tensors of conditioning (text, ids, masks) at each step of
-one trajectory, and others for another. What is not surely the same is another trajectory, and starts by computing:
-two steps, because two images of one prompt in turn are only seen to be two at the second.
+A name says it outright: `cache_context` of paracompile, or of diffusers' models (many of its pipelines use it). In the
+loop of a pipeline the call's place in its step tells: the second call since the scheduler's last step is the second
+pass of this step. The host can be wrong there, where guidance begins in the middle; so the graph itself compares the
+conditioning with that of the last call (`passes.fingerprints`), and a wrong guess costs a computed step.
+
+In other loops, and in the first step, the calls themselves tell: the very same tensors of conditioning (text, ids,
+masks) come at each step of one trajectory, and others with another. What is not surely the same is another trajectory,
+and starts by computing: two steps, because two images of one prompt in turn are only seen to be two at the second.
 
 All this is within one generation, the making of one image or video. Generations that run at the same time never share
 anything: each thread has its own, and so has each loop of a diffusers pipeline, also one within another.
@@ -29,6 +33,7 @@ __all__ = [
     "begin_generation",
     "current_generation",
     "current_name",
+    "end_step",
     "named",
 ]
 
@@ -61,11 +66,18 @@ class Generation:
         outer: the generation that goes on after this one; None for what is outside of all loops that are known.
         thread: the thread that it began in.
         over: whether it has ended.
+        steps: how many signs there were that a step of it has ended; a step may give several.
     """
 
     outer: Generation | None
     thread: int = field(default_factory=threading.get_ident)
     over: bool = False
+    steps: int = 0
+
+    @property
+    def is_loop(self) -> bool:
+        """Whether it is the loop of a pipeline, whose beginning and end are known."""
+        return self.outer is not None
 
 
 _generation: ContextVar[Generation | None] = ContextVar("paracompile_generation", default=None)
@@ -88,6 +100,11 @@ def begin_generation() -> Generation:
     inner = Generation(outer=current_generation())
     _generation.set(inner)
     return inner
+
+
+def end_step() -> None:
+    """Notes that a step of the current generation has ended."""
+    current_generation().steps += 1
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,51 @@
+"""What the slots of one generation recorded, call by call; the numbers stay on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+__all__ = ["History", "Line"]
+
+_MOST_RECORDS = 4096  # of one slot
+
+
+@dataclass
+class Line:
+    """The calls of one slot of one graph.
+
+    attributes:
+        graph: which graph it is.
+        title: of the slot.
+        records: of its calls, in order; the oldest may be gone.
+        calls: for each its number among all calls.
+    """
+
+    graph: int
+    title: str
+    records: list[Tensor] = field(default_factory=list)
+    calls: list[int] = field(default_factory=list)
+
+
+@dataclass
+class History:
+    """The calls of one generation of one model, by slot.
+
+    attributes:
+        whole: it is one generation and no more; otherwise the records tell where the last one began.
+        lines: by graph and title, in the order of their first calls.
+        calls: how many there were.
+    """
+
+    whole: bool = False
+    lines: dict[tuple[int, str], Line] = field(default_factory=dict)
+    calls: int = 0
+
+    def add(self, graph: object, title: str, record: Tensor) -> None:
+        """Notes a call of a slot of this graph."""
+        line = self.lines.setdefault((id(graph), title), Line(id(graph), title))
+        self.calls += 1
+        line.records.append(record)
+        line.calls.append(self.calls)
+        del line.records[:-_MOST_RECORDS], line.calls[:-_MOST_RECORDS]
