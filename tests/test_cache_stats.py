@@ -13,6 +13,7 @@ from torch import nn
 
 from paracompile import CacheStats, cache_stats, reset_cache
 from paracompile.report.cache_stats import Step, stats_of
+from paracompile.runtime.history import History
 
 STATS = CacheStats(
     {
@@ -57,18 +58,58 @@ def test_lines_of_json_are_appended(tmp_path: Path) -> None:
 
 
 def record(number: int, ratio: float = 0.1, hit: float = 0.0) -> torch.Tensor:
-    """Ratio, hit, streak, computed, steps, and a time with its direction."""
-    return torch.tensor([ratio, hit, 0.0, 1.0, float(number), 0.5, -1.0])
+    """Ratio, hit, streak, computed, steps, whether it could be reused, and a time with its direction."""
+    return torch.tensor([ratio, hit, 0.0, 1.0, float(number), 1.0, 0.5, -1.0])
+
+
+class Graph:
+    """Stands for what was compiled."""
+
+
+def history(*calls: tuple[Graph, str, torch.Tensor], whole: bool = False) -> History:
+    made = History(whole=whole)
+    for call in calls:
+        made.add(*call)
+    return made
+
+
+def steps(stats: CacheStats) -> dict[str, int]:
+    return {name: len(of_slot) for name, of_slot in stats.slots.items()}
 
 
 def test_records_before_the_last_first_step_are_of_another_generation() -> None:
-    history = {"cond": [record(1), record(2), record(1, math.nan), record(2, 0.5, 1.0), record(3, math.inf)]}
-    assert stats_of([history]).slots == {"cond": (Step(False, None), Step(True, 0.5), Step(False, None))}
+    graph = Graph()
+    records = [record(1), record(2), record(1, math.nan), record(2, 0.5, 1.0), record(3, math.inf)]
+    calls = [(graph, "cond", each) for each in records]
+    assert stats_of([history(*calls)]).slots == {"cond": (Step(False, None), Step(True, 0.5), Step(False, None))}
+    assert steps(stats_of([history(*calls, whole=True)])) == {"cond": 5}  # a loop that is known to be one
 
 
 def test_pieces_of_a_model_are_told_apart() -> None:
-    stats = stats_of([{"cond": [record(1)]}, {"cond": [record(1), record(2)], "uncond": [record(1)]}])
-    assert {name: len(steps) for name, steps in stats.slots.items()} == {"cond": 1, "cond (1)": 2, "uncond": 1}
+    one, other = Graph(), Graph()
+    histories = [
+        history((one, "cond", record(1))),
+        history((other, "cond", record(1)), (other, "cond", record(2)), (other, "uncond", record(1))),
+    ]
+    assert steps(stats_of(histories)) == {"cond": 1, "cond (1)": 2, "uncond": 1}
+
+
+def test_graphs_of_a_model_are_told_apart() -> None:
+    """Two passes of one step through other layers, or another batch where guidance ends."""
+    one, other = Graph(), Graph()
+    calls = [(one, "cond", record(1)), (other, "cond", record(1)), (one, "cond", record(2)), (one, "cond", record(3))]
+    for whole in (True, False):
+        assert steps(stats_of([history(*calls, whole=whole)])) == {"cond": 3, "cond (1)": 1}
+
+
+def test_graphs_of_another_size_before_are_of_another_generation() -> None:
+    """In a loop of one's own, of which nobody says where it begins."""
+    small, large = Graph(), Graph()
+    before = [(small, "cond", record(number)) for number in (1, 2)]
+    after = [(large, name, record(number)) for number in (1, 2) for name in PASSES]
+    assert steps(stats_of([history(*before, *after)])) == {"cond": 2, "uncond": 2}
+    again = [(small, "cond", record(1))]
+    assert steps(stats_of([history(*before, *after, *again)])) == {"cond": 1}
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +122,13 @@ def test_of_a_model(model: nn.Module) -> None:
     generate(model, prompts("wan"), naming="diffusers")
     stats = cache_stats(model)
     pattern = [False, True, False, True, False]
-    assert {name: [step.hit for step in steps] for name, steps in stats.slots.items()} == dict.fromkeys(PASSES, pattern)
+    assert {name: [step.hit for step in of_slot] for name, of_slot in stats.slots.items()} == dict.fromkeys(
+        PASSES, pattern
+    )
     assert (stats.steps, stats.hits) == (2 * STEPS, 4)
-    for steps in stats.slots.values():
-        assert steps[0].difference is None
-        assert all(step.difference is not None and 0 < step.difference < 10 for step in steps[1:])
+    for first, *others in stats.slots.values():
+        assert first.difference is None
+        assert all(step.difference is not None and 0 < step.difference < 10 for step in others)
     assert cache_stats(model) == stats  # asking changes nothing
 
 
@@ -95,13 +138,13 @@ def test_they_stay_readable_until_the_next_call(model: nn.Module) -> None:
     reset_cache(model)
     assert cache_stats(model) == before
     next(steps_of(model, prompts("wan"), naming="paracompile"))
-    assert {name: len(steps) for name, steps in cache_stats(model).slots.items()} == {"cond": 1, "uncond": 1}
+    assert steps(cache_stats(model)) == {"cond": 1, "uncond": 1}
 
 
 def test_of_a_generation_that_is_cut_off_what_it_did(model: nn.Module) -> None:
     reset_cache(model)
     with pytest.raises(Cut):
         generate(model, prompts("wan"), naming="paracompile", cut=(2, "uncond"))
-    assert {name: len(steps) for name, steps in cache_stats(model).slots.items()} == {"cond": 3, "uncond": 2}
+    assert steps(cache_stats(model)) == {"cond": 3, "uncond": 2}
     generate(model, prompts("wan"), naming="paracompile", steps=4)
-    assert {name: len(steps) for name, steps in cache_stats(model).slots.items()} == {"cond": 4, "uncond": 4}
+    assert steps(cache_stats(model)) == {"cond": 4, "uncond": 4}

@@ -266,7 +266,7 @@ class Timeless(Denoiser):
 def test_without_times_all_calls_are_one_generation() -> None:
     inputs = [{"hidden_states": noisy(number)["hidden_states"]} for number in range(4)]
     graphs = cached(of_model(Timeless(), inputs[0]))
-    assert graphs.layouts[0].record.shape == (Record.length(0),)
+    assert graphs.layouts[0].record.shape == (Record.length(times=0, inputs=1),)
     assert hits(graphs.run([*inputs, inputs[3]], ALWAYS)) == "cssss"
 
 
@@ -742,8 +742,9 @@ def test_what_the_graph_takes_and_gives_besides() -> None:
         ]
         given = [tuple(node.meta["val"].shape) for node in inputs[own:]]
         assert given == [tuple(value.shape) for value in (layout.control, layout.record, *layout.state)]
-        assert layout.control.shape == (2,)
-        assert layout.record.shape == (Record.length(2 * 3),)  # timestep and guidance of three rows
+        assert layout.control.shape == (3,)
+        # timestep and guidance of three rows; they, the sample, two texts and two tables of positions
+        assert layout.record.shape == (Record.length(times=2 * 3, inputs=7),)
         assert not any(value.is_inference() for value in layout.state)
 
 
