@@ -66,6 +66,8 @@ def as_called(
         threshold=threshold,
         static=tuple(captured.static),
         signs=_signs(cache),
+        inputs=tuple(captured.placeholders[index].name for index in cache.skipped.inputs),
+        free=cache.skipped.free,
     )
 
 

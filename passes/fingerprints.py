@@ -16,7 +16,7 @@ from torch import fx
 
 from paracompile.passes.writer import GraphWriter
 
-__all__ = ["NUMBERS", "Habits", "fingerprint"]
+__all__ = ["NUMBERS", "Habits", "changed", "fingerprint"]
 
 aten = torch.ops.aten
 
@@ -83,6 +83,12 @@ def fingerprint(write: GraphWriter, value: fx.Node) -> fx.Node:
     total = write(aten.sum.default, write(aten.mul.Tensor, bits, weight))
     halves = [write(aten.__rshift__.Scalar, total, shift) for shift in (64 - 2 * _HALF, 64 - _HALF)]
     return write(aten.bitwise_and.Scalar, write(aten.stack.default, halves), (1 << _HALF) - 1)
+
+
+def changed(before: Sequence[float], after: Sequence[float]) -> list[bool]:
+    """For each input, of what was remembered at two calls: whether it changed between them."""
+    count = len(after) // NUMBERS
+    return [before[2 * number : 2 * number + 2] != after[2 * number : 2 * number + 2] for number in range(count)]
 
 
 def _as_float(write: GraphWriter, value: fx.Node) -> fx.Node:

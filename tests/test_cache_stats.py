@@ -62,14 +62,11 @@ def record(number: int, ratio: float = 0.1, hit: float = 0.0) -> torch.Tensor:
     return torch.tensor([ratio, hit, 0.0, 1.0, float(number), 1.0, 0.5, -1.0])
 
 
-class Graph:
-    """Stands for what was compiled."""
-
-
-def history(*calls: tuple[Graph, str, torch.Tensor], whole: bool = False) -> History:
+def history(*calls: tuple[int, str, torch.Tensor], whole: bool = False) -> History:
+    """Of calls of slots of graphs, which are numbered."""
     made = History(whole=whole)
-    for call in calls:
-        made.add(*call)
+    for graph, title, of_call in calls:
+        made.add(made.line(graph, title, named=True, inputs=(), free=0), of_call)
     return made
 
 
@@ -78,7 +75,7 @@ def steps(stats: CacheStats) -> dict[str, int]:
 
 
 def test_records_before_the_last_first_step_are_of_another_generation() -> None:
-    graph = Graph()
+    graph = 1
     records = [record(1), record(2), record(1, math.nan), record(2, 0.5, 1.0), record(3, math.inf)]
     calls = [(graph, "cond", each) for each in records]
     assert stats_of([history(*calls)]).slots == {"cond": (Step(False, None), Step(True, 0.5), Step(False, None))}
@@ -86,7 +83,7 @@ def test_records_before_the_last_first_step_are_of_another_generation() -> None:
 
 
 def test_pieces_of_a_model_are_told_apart() -> None:
-    one, other = Graph(), Graph()
+    one, other = 1, 2
     histories = [
         history((one, "cond", record(1))),
         history((other, "cond", record(1)), (other, "cond", record(2)), (other, "uncond", record(1))),
@@ -96,7 +93,7 @@ def test_pieces_of_a_model_are_told_apart() -> None:
 
 def test_graphs_of_a_model_are_told_apart() -> None:
     """Two passes of one step through other layers, or another batch where guidance ends."""
-    one, other = Graph(), Graph()
+    one, other = 1, 2
     calls = [(one, "cond", record(1)), (other, "cond", record(1)), (one, "cond", record(2)), (one, "cond", record(3))]
     for whole in (True, False):
         assert steps(stats_of([history(*calls, whole=whole)])) == {"cond": 3, "cond (1)": 1}
@@ -104,7 +101,7 @@ def test_graphs_of_a_model_are_told_apart() -> None:
 
 def test_graphs_of_another_size_before_are_of_another_generation() -> None:
     """In a loop of one's own, of which nobody says where it begins."""
-    small, large = Graph(), Graph()
+    small, large = 1, 2
     before = [(small, "cond", record(number)) for number in (1, 2)]
     after = [(large, name, record(number)) for number in (1, 2) for name in PASSES]
     assert steps(stats_of([history(*before, *after)])) == {"cond": 2, "uncond": 2}

@@ -27,6 +27,7 @@ from typing import Any
 
 from torch import nn
 
+from paracompile.report.misses import warn_of_misses
 from paracompile.runtime.cached_call import caches_of, forget_all
 from paracompile.runtime.slots import Generation, begin_generation, current_generation, end_step, named
 
@@ -121,8 +122,10 @@ def _end_with(bar: Any, generation: Generation) -> None:
     reference = weakref.ref(bar)
 
     def close() -> None:
-        generation.over = True
-        forget_all(generation)
+        if not generation.over:
+            generation.over = True
+            warn_of_misses(generation)
+            forget_all(generation)
         if (it := reference()) is not None:
             type(it).close(it)
 

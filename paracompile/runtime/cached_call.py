@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from paracompile.runtime.history import History
 from paracompile.runtime.slots import UNKNOWN, Call, CallSigns, Generation, current_generation, current_name
 
-__all__ = ["CachedCall", "ModelCache", "StateLike", "caches_of", "forget_all", "graph_compiled"]
+__all__ = ["CachedCall", "Held", "ModelCache", "StateLike", "caches_of", "forget_all", "graph_compiled", "held_in"]
 
 _MOST_SLOTS = 8  # of calls of one name, or of none
 
@@ -98,7 +98,10 @@ class Held:
 
     def remember(self, graph: CachedCall, slot: Slot, record: Tensor) -> None:
         slot.record = record
-        self.history.add(graph, slot.title, record)
+        line = self.history.line(
+            id(graph), slot.title, named=slot.name is not None, inputs=graph.inputs, free=graph.free
+        )
+        self.history.add(line, record)
 
 
 @dataclass(eq=False)
@@ -109,12 +112,14 @@ class ModelCache:
         threshold: what `set_rdt` said; None: what the options said.
         history: of the generation that was called last.
         caches: whether any graph of the model was compiled with a cache; None: none was compiled yet.
+        judged: whether a generation was looked at for steps that can be skipped.
         held: by generation.
     """
 
     threshold: float | None = None
     history: History = field(default_factory=History)
     caches: bool | None = None
+    judged: bool = False
     held: weakref.WeakKeyDictionary[Generation, Held] = field(default_factory=weakref.WeakKeyDictionary)
 
     def slots(self) -> list[Slot]:
@@ -171,6 +176,12 @@ def graph_compiled(parameters: Sequence[Tensor], *, caches: bool) -> None:
             )
 
 
+def held_in(generation: Generation) -> list[tuple[ModelCache, Held]]:
+    """All that is stored for a generation, by model; of a model in pieces they may be several."""
+    models = {id(model): model for model in _caches.values()}.values()
+    return [(model, held) for model in models if (held := model.held.get(generation)) is not None]
+
+
 def forget_all(generation: Generation | None = None) -> None:
     """Forgets the state of every model: of a generation, or of all."""
     for known in list(_caches.values()):
@@ -195,6 +206,8 @@ class CachedCall:
         threshold: of the options.
         static: the places of parameters and buffers among the arguments.
         signs: which arguments tell calls apart.
+        inputs: the names of what a call brings, in the order in which the record remembers it.
+        free: how many of these, the last, change in the course of a generation.
     """
 
     compiled: Callable[..., Any]
@@ -203,6 +216,8 @@ class CachedCall:
     threshold: float
     static: tuple[int, ...]
     signs: CallSigns
+    inputs: tuple[str, ...]
+    free: int
     _own: ModelCache = field(default_factory=ModelCache)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:

@@ -18,12 +18,18 @@ class Line:
     attributes:
         graph: which graph it is.
         title: of the slot.
+        named: whether that is a name which its calls were given.
+        inputs: what a call brings, as the records remember it.
+        free: how many of these, the last, change in the course of a generation.
         records: of its calls, in order; the oldest may be gone.
         calls: for each its number among all calls.
     """
 
     graph: int
     title: str
+    named: bool = True
+    inputs: tuple[str, ...] = ()
+    free: int = 0
     records: list[Tensor] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
 
@@ -42,9 +48,12 @@ class History:
     lines: dict[tuple[int, str], Line] = field(default_factory=dict)
     calls: int = 0
 
-    def add(self, graph: object, title: str, record: Tensor) -> None:
-        """Notes a call of a slot of this graph."""
-        line = self.lines.setdefault((id(graph), title), Line(id(graph), title))
+    def line(self, graph: int, title: str, *, named: bool, inputs: tuple[str, ...], free: int) -> Line:
+        """That of a slot; made if it is new."""
+        return self.lines.setdefault((graph, title), Line(graph, title, named, inputs, free))
+
+    def add(self, line: Line, record: Tensor) -> None:
+        """Notes a call."""
         self.calls += 1
         line.records.append(record)
         line.calls.append(self.calls)

@@ -1,0 +1,55 @@
+"""Says, after the first generation of a model in which no step could ever be skipped, why."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from paracompile.passes.cache_decision import Record
+from paracompile.passes.fingerprints import NUMBERS, changed
+from paracompile.runtime.cached_call import ModelCache, held_in
+from paracompile.runtime.history import Line
+from paracompile.runtime.slots import UNKNOWN, Generation
+
+__all__ = ["warn_of_misses"]
+
+_ENOUGH = 4
+"""So many steps of a slot: the first is computed, and with what changes at each step the second and third may be."""
+
+
+def warn_of_misses(generation: Generation) -> None:
+    """Looks, once for each model, at a generation that ends; waits for the device where it does."""
+    for model, held in held_in(generation):
+        lines = [line for line in held.history.lines.values() if len(line.records) >= _ENOUGH]
+        if lines and not model.judged:
+            _judge(model, lines)
+
+
+def _judge(model: ModelCache, lines: Sequence[Line]) -> None:
+    model.judged = True
+    read = [(line, torch.stack(line.records).tolist()) for line in lines]
+    if any(record[Record.REUSABLE] for _, records in read for record in records):
+        return
+    reasons = "; ".join(f"slot {line.title!r}: {_why(line, records)}" for line, records in read)
+    warnings.warn(
+        f"paracompile: rdt is given, but no step of this generation could be skipped. {reasons}. "
+        "paracompile.cache_context names the passes of a loop of your own",
+        stacklevel=2,
+    )
+
+
+def _why(line: Line, records: Sequence[Sequence[float]]) -> str:
+    if line.title == UNKNOWN:
+        return "nothing tells its calls from those of another pass"
+    remembered = [record[len(record) - NUMBERS * len(line.inputs) :] for record in records]
+    changes = [changed(before, after) for before, after in pairwise(remembered)]
+    bound = line.inputs[: len(line.inputs) - line.free]
+    fickle = [name for number, name in enumerate(bound) if len({each[number] for each in changes}) > 1]
+    if fickle and not line.named:
+        return f"{', '.join(map(repr, fickle))} changes in some steps and not in others"
+    if not any(record[Record.COMPUTED] for record in records):
+        return "what its blocks add is not finite"
+    return "no step of it follows one of the same pass"

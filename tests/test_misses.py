@@ -1,0 +1,87 @@
+"""A generation in which no step could ever be skipped says why, once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from denoising import build, compiled, prompts
+from diffusers import DiffusionPipeline
+from random_tensors import draw
+from torch import Tensor, nn
+
+from paracompile import cache_context, cache_stats
+
+
+class Loop(DiffusionPipeline):
+    """A pipeline of one's own: a progress bar around its loop."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer)
+        self.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, texts: Sequence[Tensor], times: Sequence[float]) -> None:
+        noise = prompts("wan").noise
+        with self.progress_bar(total=len(texts)) as bar:
+            for number, (text, time) in enumerate(zip(texts, times, strict=True)):
+                at = torch.full((len(noise),), time)
+                model(noise + 0.1 * number, timestep=at, encoder_hidden_states=text, return_dict=False)
+                bar.update()
+
+
+TIMES = [900.0 - 100 * number for number in range(7)]
+A, B, C, D = (draw(*prompts("wan").conditioning["cond"]["encoder_hidden_states"].shape, seed=seed) for seed in range(4))
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_compiled() -> None:
+    """Instead of the one for all tests: these share one graph."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_graph() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def run(texts: Sequence[Tensor], times: Sequence[float] = TIMES, model: Any = None) -> Any:
+    model = compiled(build("wan")) if model is None else model
+    Loop(model._orig_mod)(model, texts, times)
+    return model
+
+
+def test_a_conditioning_that_changes_now_and_then() -> None:
+    texts = [A, B, B, C, C, D, D]
+    with pytest.warns(UserWarning, match=r"no step of this generation could be skipped. slot 'call 1': .*encoder_hidden_states.* in some"):
+        model = run(texts)
+    stats = cache_stats(model)
+    assert stats.hits == 0
+    assert {name: len(steps) for name, steps in stats.slots.items()} == {"call 1": 7}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(texts, model=model)  # said once
+
+
+def test_a_name_is_above_it() -> None:
+    with warnings.catch_warnings(), cache_context("cond"):
+        warnings.simplefilter("error")
+        model = run([A, B, B, C, C, D, D])
+    assert cache_stats(model).hits == 6
+
+
+def test_what_is_not_finite() -> None:
+    with pytest.warns(UserWarning, match="what its blocks add is not finite"):
+        run([A * torch.nan] * 7)
+
+
+@pytest.mark.parametrize("texts", [[A] * 7, [A, B, C, D, A, B, C], [A] * 3], ids=["same", "always another", "short"])
+def test_nothing_is_said_where_steps_could_be_skipped_or_are_few(texts: Sequence[Tensor]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(texts, TIMES[: len(texts)])
