@@ -8,6 +8,7 @@ from paracompile.cache import cache_context, cache_stats, reset_cache, set_rdt
 from paracompile.errors import GraphError, OptionError, ParacompileError, RankError
 from paracompile.mesh import init_mesh
 from paracompile.patterns.rules import register_rule
+from paracompile.pipelines import parallelize
 from paracompile.report.cache_stats import CacheStats
 from paracompile.report.report import Report
 
@@ -22,6 +23,7 @@ __all__ = [
     "cache_stats",
     "init_mesh",
     "load_compiled",
+    "parallelize",
     "register_rule",
     "reset_cache",
     "save_compiled",

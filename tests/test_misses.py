@@ -58,7 +58,10 @@ def run(texts: Sequence[Tensor], times: Sequence[float] = TIMES, model: Any = No
 
 def test_a_conditioning_that_changes_now_and_then() -> None:
     texts = [A, B, B, C, C, D, D]
-    with pytest.warns(UserWarning, match=r"no step of this generation could be skipped. slot 'call 1': .*encoder_hidden_states.* in some"):
+    with pytest.warns(
+        UserWarning,
+        match=r"no step of this generation could be skipped. slot 'call 1': .*encoder_hidden_states.* in some",
+    ):
         model = run(texts)
     stats = cache_stats(model)
     assert stats.hits == 0

@@ -1,0 +1,77 @@
+"""Pipelines that were set up by one call, on two ranks: all end with rank 0's picture, whatever each would draw."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import pytest
+import torch
+from pool import Pool, PoolError
+from test_parallelize import latents, load
+from torch import Tensor
+
+import paracompile
+
+
+def pictures(rank: int) -> dict[str, Any]:
+    """What a rank ends with and shows, for several ways to call."""
+    found: dict[str, Any] = {}
+    plain = load()
+    torch.manual_seed(7)
+    found["plain"] = latents(plain, generator=None)
+    found["plain, generator"] = latents(plain, generator=torch.Generator().manual_seed(3))
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        pipe = paracompile.parallelize(load(), compiler="eager")
+    found["said"] = said.getvalue()
+    found["name"] = type(pipe).__name__
+    found["bar"] = pipe._progress_bar_config
+    torch.manual_seed(7 + rank)
+    found["no generator"] = latents(pipe, generator=None)
+    found["generator"] = latents(pipe, generator=torch.Generator().manual_seed(3 + rank))
+    found["generators"] = latents(pipe, generator=[torch.Generator().manual_seed(3 + rank)])
+    return found
+
+
+def check(found: Tensor, expected: Tensor) -> None:
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_all_ranks_end_with_the_picture_of_the_first(two_ranks: Pool) -> None:
+    first, second = two_ranks.run(pictures)
+    assert first["said"].splitlines()[0] == "paracompile: FluxPipeline on 2 ranks (ulysses 2)"
+    assert second["said"] == ""
+    assert (first["name"], second["name"]) == ("FluxPipeline", "FluxPipeline")
+    assert first["bar"] == {"disable": True}  # as `load` has it
+    assert second["bar"]["disable"] is True
+    assert torch.equal(first["no generator"], second["no generator"])
+    check(first["no generator"], first["plain"])
+    for way in ("generator", "generators"):
+        assert torch.equal(first[way], second[way])
+        check(first[way], first["plain, generator"])
+    assert (first["no generator"] - first["generator"]).abs().max() > 0.1
+
+
+def first_only(rank: int) -> list[Any]:
+    pipe = paracompile.parallelize(load(), compiler="eager", output="first")
+    paracompile.parallelize(pipe, compiler="eager", output="first")  # once more does no harm
+    size, tokens = pipe.vae.config.sample_size, pipe.tokenizer_2.model_max_length
+    output = pipe("a circle", height=size, width=size, max_sequence_length=tokens, num_inference_steps=1)
+    return [output is None, sum("_paracompile_ranks" in vars(base) for base in type(pipe).__mro__)]
+
+
+def test_the_result_may_be_the_first_rank_s_alone(two_ranks: Pool) -> None:
+    assert two_ranks.run(first_only) == [[False, 1], [True, 1]]
+
+
+def other_generators(rank: int) -> Tensor:
+    pipe = paracompile.parallelize(load(), compiler="eager")
+    return latents(pipe, generator=torch.Generator() if rank == 0 else None)
+
+
+def test_ranks_with_other_generators_are_told_so() -> None:
+    pool = Pool(2)
+    with pytest.raises(PoolError, match="ranks differ in 'generators'"):
+        pool.run(other_generators)
+    pool.close()
