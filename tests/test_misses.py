@@ -9,30 +9,11 @@ from typing import Any
 import pytest
 import torch
 from denoising import build, compiled, prompts
-from diffusers import DiffusionPipeline
+from loops import Loop
 from random_tensors import draw
-from torch import Tensor, nn
+from torch import Tensor
 
 from paracompile import cache_context, cache_stats
-
-
-class Loop(DiffusionPipeline):
-    """A pipeline of one's own: a progress bar around its loop."""
-
-    def __init__(self, transformer: nn.Module) -> None:
-        super().__init__()
-        self.register_modules(transformer=transformer)
-        self.set_progress_bar_config(disable=True)
-
-    @torch.no_grad()
-    def __call__(self, model: nn.Module, texts: Sequence[Tensor], times: Sequence[float]) -> None:
-        noise = prompts("wan").noise
-        with self.progress_bar(total=len(texts)) as bar:
-            for number, (text, time) in enumerate(zip(texts, times, strict=True)):
-                at = torch.full((len(noise),), time)
-                model(noise + 0.1 * number, timestep=at, encoder_hidden_states=text, return_dict=False)
-                bar.update()
-
 
 TIMES = [900.0 - 100 * number for number in range(7)]
 A, B, C, D = (draw(*prompts("wan").conditioning["cond"]["encoder_hidden_states"].shape, seed=seed) for seed in range(4))
@@ -52,7 +33,7 @@ def _one_graph() -> Iterator[None]:
 
 def run(texts: Sequence[Tensor], times: Sequence[float] = TIMES, model: Any = None) -> Any:
     model = compiled(build("wan")) if model is None else model
-    Loop(model._orig_mod)(model, texts, times)
+    Loop(model)([[text] for text in texts], times)
     return model
 
 

@@ -23,8 +23,8 @@ _ENOUGH = 4
 def warn_of_misses(generation: Generation) -> None:
     """Looks, once for each model, at a generation that ends; waits for the device where it does."""
     for model, held in held_in(generation):
-        lines = [line for line in held.history.lines.values() if len(line.records) >= _ENOUGH]
-        if lines and not model.judged:
+        lines = list(held.history.lines.values())
+        if not model.judged and any(len(line.records) >= _ENOUGH for line in lines):
             _judge(model, lines)
 
 
@@ -33,7 +33,9 @@ def _judge(model: ModelCache, lines: Sequence[Line]) -> None:
     read = [(line, torch.stack(line.records).tolist()) for line in lines]
     if any(record[Record.REUSABLE] for _, records in read for record in records):
         return
-    reasons = "; ".join(f"slot {line.title!r}: {_why(line, records)}" for line, records in read)
+    reasons = "; ".join(
+        f"slot {line.title!r}: {_why(line, records)}" for line, records in read if len(records) >= _ENOUGH
+    )
     warnings.warn(
         f"paracompile: rdt is given, but no step of this generation could be skipped. {reasons}. "
         "paracompile.cache_context names the passes of a loop of your own",
