@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
+import importlib
 import importlib.util
 import io
 import subprocess
@@ -25,6 +27,7 @@ from diffusers import (
     CacheMixin,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
     FluxPipeline,
@@ -336,6 +339,61 @@ def test_a_prompt_of_words_and_less_noise() -> None:
     assert hits(pipeline) == {"call 1": [False, True, True], "call 2": [False, True, True]}
 
 
+# Passes that come and go
+
+
+def _half(owner: Any, index: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Ends guidance, as diffusers' documentation has it: the batch is then half as large."""
+    if index == 2:
+        owner._guidance_scale = 0.0
+        values = {name: value.chunk(2)[-1] for name, value in values.items() if name != "latents"}
+    return values
+
+
+GUIDED: dict[str, tuple[dict[str, Any], dict[str, list[bool]]]] = {
+    "layers skipped in a pass of its own": (
+        {
+            "skip_guidance_layers": [1],
+            "skip_layer_guidance_start": 0.0,
+            "skip_layer_guidance_stop": 0.7,
+        },
+        {"call 1": HITS, "call 1 (1)": [False, True, True]},
+    ),
+    "guidance that ends": (
+        {
+            "callback_on_step_end": _half,
+            "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds", "pooled_prompt_embeds"],
+        },
+        {"call 1": [False, True, True], "call 1 (1)": [False, True]},
+    ),
+    "a sampler that evaluates twice": (
+        {"scheduler": FlowMatchHeunDiscreteScheduler()},
+        {"call 1": [False, True, True] * 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GUIDED)
+def test_passes_that_come_and_go(kind: str) -> None:
+    """Stable Diffusion 3 names nothing; computed it is the plain picture, cached it is the same each time."""
+    torch._dynamo.reset()
+    case = CASES["Stable Diffusion 3"]
+    more, expected = GUIDED[kind]
+    more = dict(more)
+    scheduler = more.pop("scheduler", None)
+    pipeline, plain = fresh(case), copy.copy(_plain(case.build))
+    plain.set_progress_bar_config(disable=True)
+    for each in (pipeline, plain):
+        each.scheduler = copy.deepcopy(scheduler or each.scheduler)
+    found = [run(case, pipeline, case.embeds(seed), seed, **more) for seed in (1, 2, 1)]
+    assert hits(pipeline) == expected
+    assert torch.equal(found[0], found[2])
+    set_rdt(pipeline.transformer, 0)
+    computed, exact = (run(case, each, case.embeds(1), 1, **more) for each in (pipeline, plain))
+    assert torch.allclose(computed, exact, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[0], exact, rtol=1e-4, atol=1e-5)
+
+
 # What is listened to
 
 
@@ -462,6 +520,32 @@ def test_every_loop_of_diffusers_begins_with_a_progress_bar() -> None:
     }
     assert sum(map(len, found.values())) > 150
     assert {path for path, bars in found.items() if not all(bars)} == WITHOUT_BAR
+
+
+def test_every_loop_of_diffusers_says_when_a_step_ends() -> None:
+    """By its scheduler or by its bar; all schedulers are heard."""
+    denoising = {
+        path: text
+        for path, text in _sources("pipelines")
+        if any(f"self.{name}(" in text for name in CALLED["pipelines"]) and "scheduler" in text
+    }
+    assert len(denoising) > 100
+    assert [path for path, text in denoising.items() if ".step(" not in text and ".update(" not in text] == []
+    stepping = [
+        member
+        for module in _schedulers()
+        for member in vars(module).values()
+        if isinstance(member, type) and member.__module__ == module.__name__ and "step" in vars(member)
+    ]
+    assert len(stepping) > 30
+    assert all(hasattr(member.step, "_paracompile_listens") for member in stepping)
+
+
+def _schedulers() -> Iterator[types.ModuleType]:
+    for path, text in _sources("schedulers"):
+        if "def step(" in text and "deprecated" not in path:
+            with contextlib.suppress(ImportError):  # one needs a package of its own
+                yield importlib.import_module(f"diffusers.{path[:-3].replace('/', '.')}")
 
 
 def test_no_pipeline_has_a_progress_bar_that_is_not_heard() -> None:
