@@ -531,6 +531,7 @@ def test_every_loop_of_diffusers_says_when_a_step_ends() -> None:
     }
     assert len(denoising) > 100
     assert [path for path, text in denoising.items() if ".step(" not in text and ".update(" not in text] == []
+    listen()
     stepping = [
         member
         for module in _schedulers()
