@@ -11,6 +11,7 @@ from paracompile.patterns.rules import register_rule
 from paracompile.pipelines import parallelize
 from paracompile.report.cache_stats import CacheStats
 from paracompile.report.report import Report
+from paracompile.step_plans import steps_by_magnitude
 
 __all__ = [
     "CacheStats",
@@ -28,4 +29,5 @@ __all__ = [
     "reset_cache",
     "save_compiled",
     "set_rdt",
+    "steps_by_magnitude",
 ]

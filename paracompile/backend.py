@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from paracompile.options import Options
 from paracompile.overlap import inductor_settings
 from paracompile.passes import CachePasses, CacheRules, Found, local_lengths, pipeline, run_passes
 from paracompile.passes.attention_on_shards import Lengths
+from paracompile.passes.cache_decision import Control
 from paracompile.recompiles import make_room
 from paracompile.report.dump import Dump
 from paracompile.report.report import NO_BLOCKS, Report, in_pieces, report_of
@@ -96,7 +97,7 @@ def paracompile(
         warnings.warn(NO_BLOCKS, stacklevel=2)
     if chosen.report is not None and report is not None:
         chosen.report(replace(report, compilation=compilation))
-    run = as_called(compiled, captured, chosen, ranks, found, threshold)
+    run = as_called(compiled, captured, chosen, ranks, found, threshold, plan=Control.plan(_cache_rules(chosen)))
     return run if ranks.is_single else as_called_by_all(run, captured, chosen, ranks, agreement)
 
 
@@ -172,13 +173,12 @@ def _rewritten(
 
 
 def _cache_passes(options: Options) -> CachePasses:
-    rules = CacheRules(
-        warmup_steps=options.warmup_steps,
-        max_consecutive_hits=options.max_consecutive_hits,
-        downsample_factor=options.downsample_factor,
-        taylor_order=options.taylor_order,
-    )
-    return CachePasses(options.first_blocks, options.last_blocks, rules)
+    return CachePasses(options.first_blocks, options.last_blocks, _cache_rules(options))
+
+
+def _cache_rules(options: Options) -> CacheRules:
+    """The rules are options of the same names."""
+    return CacheRules(**{rule.name: getattr(options, rule.name) for rule in fields(CacheRules)})
 
 
 def _threshold(captured: Captured, options: Options) -> float:

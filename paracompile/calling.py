@@ -36,6 +36,7 @@ def as_called(
     ranks: Ranks,
     found: Found,
     threshold: float,
+    plan: tuple[float, ...] = (),
 ) -> Callable[..., Any]:
     """What Dynamo calls with the graph's inputs.
 
@@ -43,6 +44,7 @@ def as_called(
         run: the compiled graph.
         found: what the passes found in it.
         threshold: of the cache.
+        plan: of its steps, as `Control` has it.
     """
     changing = captured.changing
     mode = options.inputs if options.shard_inputs and not ranks.is_single else "trust"
@@ -64,6 +66,7 @@ def as_called(
         prepare=agree,
         like=_state_like(cache),
         threshold=threshold,
+        plan=plan,
         static=tuple(captured.static),
         signs=_signs(cache),
         inputs=tuple(captured.placeholders[index].name for index in cache.skipped.inputs),

@@ -22,6 +22,7 @@ __all__ = ["Compiler", "InputMode", "Options"]
 
 InputMode = Literal["broadcast", "check", "trust"]
 Compiler = Literal["inductor", "eager", "aot_eager"]
+Watch = Literal["residual", "modulation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,19 @@ class Options:
     taylor_order: int = 0
     """What stands for skipped blocks: 0 what they added when they were last computed; 1, 2 its extrapolation over the
     steps by differences of that order (TaylorSeer)."""
+
+    steps: str | None = None
+    """What the first block cache does in each step of a generation, a letter a step: "1" computes, "0" skips where
+    anything is stored, "?" decides by `rdt`, as it does behind the last letter."""
+
+    watch: Watch = "residual"
+    """What tells the first block cache how much changed: "residual", what the first blocks add; "modulation", what the
+    first of them makes of its input before its first product (TeaCache's sign)."""
+
+    coefficients: tuple[float, ...] | None = None
+    """Of a polynomial, the highest power first, that makes of the relative change since the last step a distance; the
+    distances of skipped steps add up, and `rdt` is the limit of their sum (TeaCache). None: the change since the last
+    computed step is compared with `rdt` as it is."""
 
     first_blocks: int = 1
     """Blocks at the front that are always computed and decide."""
@@ -161,12 +175,18 @@ class Options:
         return bool(self.rdt)
 
     def _check_cache(self) -> None:
+        _one_of("watch", self.watch, get_args(Watch))
+        _check_steps(self.steps)
+        object.__setattr__(self, "coefficients", _coefficients(self.coefficients))
+        for key in _CACHE_POLICY:
+            if getattr(self, key) != _DEFAULTS[key] and not self.caches:
+                raise OptionError(key, getattr(self, key), _FOR_THE_CACHE)
         for key, least, most in _CACHE_OPTIONS:
             value = getattr(self, key)
             if value == _DEFAULTS[key] and type(value) is type(_DEFAULTS[key]):  # 1.0 and True equal 1
                 continue
             if not self.caches:
-                raise OptionError(key, value, 'only the first block cache reads it: give "rdt" as well, or remove it')
+                raise OptionError(key, value, _FOR_THE_CACHE)
             limits = f"of at least {least}" if most is None else f"from {least} to {most}"
             if isinstance(value, bool) or not isinstance(value, int) or value < least or value > (most or value):
                 raise OptionError(key, value, f"give a whole number {limits}")
@@ -185,7 +205,7 @@ class Options:
             else (self.mesh.device_type, self.mesh.mesh_dim_names, self.mesh.mesh.tolist()),
             "inputs": self.inputs,
             "rdt": self.rdt or None,
-            **{key: getattr(self, key) for key, _, _ in _CACHE_OPTIONS},
+            **{key: getattr(self, key) for key in (*(key for key, _, _ in _CACHE_OPTIONS), *_CACHE_POLICY)},
             "shard_inputs": self.shard_inputs,
             "drop_masked_keys": self.drop_masked_keys,
             "regions": self.regions,
@@ -226,6 +246,25 @@ def _rdt(value: object) -> float | Literal["auto"] | None:
     return rdt
 
 
+def _check_steps(value: object) -> None:
+    if value is not None and (not isinstance(value, str) or not value or set(value) - set("01?")):
+        raise OptionError("steps", value, 'give a letter for each step: "1" compute, "0" skip, "?" by rdt')
+
+
+def _coefficients(value: object) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    remedy = "give the polynomial's coefficients, the highest power first, as finite numbers"
+    if not isinstance(value, (list, tuple)) or not value:
+        raise OptionError("coefficients", value, remedy)
+    numbers = tuple(number("coefficients", each, remedy) for each in value)
+    if not all(map(math.isfinite, numbers)):
+        raise OptionError("coefficients", value, remedy)
+    return numbers
+
+
+_FOR_THE_CACHE = 'only the first block cache reads it: give "rdt" as well, or remove it'
+
 # Name, least value, largest value
 _CACHE_OPTIONS: tuple[tuple[str, int, int | None], ...] = (
     ("warmup_steps", 0, None),
@@ -235,6 +274,7 @@ _CACHE_OPTIONS: tuple[tuple[str, int, int | None], ...] = (
     ("first_blocks", 1, None),
     ("last_blocks", 0, None),
 )
+_CACHE_POLICY = ("steps", "watch", "coefficients")
 _DEFAULTS = {spec.name: spec.default for spec in fields(Options)}
 
 

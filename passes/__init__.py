@@ -108,7 +108,13 @@ def pipeline(
         Pass(static_lengths, requires=aten, provides="static lengths"),
     ]
     if cache is not None:
-        mark = partial(mark_blocks, first_blocks=cache.first_blocks, last_blocks=cache.last_blocks, found=found)
+        mark = partial(
+            mark_blocks,
+            first_blocks=cache.first_blocks,
+            last_blocks=cache.last_blocks,
+            watch=cache.rules.watch,
+            found=found,
+        )
         passes.append(Pass(mark, requires=static, provides="marked blocks", conflicts=frozenset({"shards", "a rank"})))
     if lengths is not None:
         on_shards = partial(attention_on_shards, ranks=ranks, lengths=lengths, together=together, found=found)

@@ -18,7 +18,7 @@ from paracompile.passes.fingerprints import NUMBERS, Habits
 from paracompile.passes.writer import GraphWriter
 from paracompile.runtime.collectives import all_reduce
 
-__all__ = ["CacheRules", "Clock", "Decision", "Record", "as_float", "residual_of", "sum_of_sizes"]
+__all__ = ["CacheRules", "Clock", "Control", "Decision", "Record", "as_float", "sign_of", "sum_of_sizes"]
 
 aten = torch.ops.aten
 
@@ -31,12 +31,38 @@ class CacheRules:
     max_consecutive_hits: int | None = None
     downsample_factor: int = 1
     taylor_order: int = 0
+    steps: str | None = None
+    watch: str = "residual"
+    coefficients: tuple[float, ...] | None = None
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether changes from step to step add up, rather than the change since the last computed step."""
+        return self.coefficients is not None
+
+
+_LETTERS = {"1": 1.0, "0": -1.0, "?": 0.0}
+
+
+class Control:
+    """The places of the numbers in the control: the threshold, what the host knows, what to do in each step."""
+
+    THRESHOLD, UNNAMED, KNOWN, PLAN = range(4)
+
+    @staticmethod
+    def plan(rules: CacheRules) -> tuple[float, ...]:
+        """1 to compute, -1 to skip, 0 to decide, for each step; the last is for all that follow."""
+        return (*(_LETTERS[letter] for letter in rules.steps or ""), 0.0)
+
+    @staticmethod
+    def length(rules: CacheRules) -> int:
+        return Control.PLAN + len(Control.plan(rules))
 
 
 class Record:
     """The places of the numbers in a record; times, their directions, and what is remembered of inputs follow."""
 
-    RATIO, HIT, STREAK, COMPUTED, STEPS, REUSABLE, TIMES = range(7)
+    RATIO, HIT, STREAK, COMPUTED, STEPS, REUSABLE, DRIFT, TIMES = range(8)
 
     @staticmethod
     def length(times: int, inputs: int) -> int:
@@ -58,6 +84,7 @@ class Clock:
         computed: steps computed before it, since something was last found not finite.
         steps: steps before it.
         distance: steps since the last one that was computed.
+        drift: what the changes in the skipped steps before it add up to.
         remembered: what the record says behind its numbers.
     """
 
@@ -66,6 +93,7 @@ class Clock:
     computed: fx.Node
     steps: fx.Node
     distance: fx.Node
+    drift: fx.Node
     remembered: list[fx.Node]
 
 
@@ -101,39 +129,77 @@ class Decision:
         self.habits = self._habits(inputs, free)
         self.clock = self._clock()
 
-    def hit(self, before: fx.Node, after: fx.Node) -> fx.Node:
-        """Whether to skip: one boolean, the same on all ranks."""
+    def hit(self, watched: fx.Node) -> fx.Node:
+        """Whether to skip, where this value tells how much changed: one boolean, the same on all ranks."""
         write = self.write
         clock = self.clock
-        residual = residual_of(write, before, after, self.rules)
-        change = sum_of_sizes(write, write(aten.sub.Tensor, as_float(write, residual), as_float(write, self.previous)))
+        change = sum_of_sizes(write, write(aten.sub.Tensor, as_float(write, watched), as_float(write, self.previous)))
         size = sum_of_sizes(write, as_float(write, self.previous))
-        threshold = write(aten.select.int, self.control, 0, 0)
+        threshold = write(aten.select.int, self.control, 0, Control.THRESHOLD)
         allowed = write(aten.logical_and.default, clock.reusable, write(aten.gt.Scalar, threshold, 0))
         steps = write(aten.ge.Scalar, clock.steps, self.rules.warmup_steps)
         allowed = write(aten.logical_and.default, allowed, steps)
         if self.rules.max_consecutive_hits is not None:
             few = write(aten.lt.Scalar, clock.streak, self.rules.max_consecutive_hits)
             allowed = write(aten.logical_and.default, allowed, few)
-        refusals = as_float(write, write(aten.logical_not.default, allowed))
-        facts = write(aten.stack.default, [change, size, threshold, refusals])
+        planned = self._planned()
+        if planned is not None:
+            allowed = write(aten.logical_and.default, allowed, write(aten.le.Scalar, planned, 0))
+        facts = [change, size, threshold, as_float(write, write(aten.logical_not.default, allowed))]
+        if planned is not None:
+            facts.append(as_float(write, write(aten.lt.Scalar, planned, 0)))
+        known = write(aten.stack.default, facts)
         if self.ranks.size > 1:
-            facts = all_reduce(write, facts, "sum", self.ranks.group)
-        change, size, threshold, refusals = (write(aten.select.int, facts, 0, place) for place in range(4))
-        limit = write(aten.mul.Tensor, write(aten.div.Scalar, threshold, self.ranks.size), size)
-        small = write(aten.lt.Tensor, change, limit)  # false where either is not a number
-        hit = write(aten.logical_and.default, small, write(aten.eq.Scalar, refusals, 0))
+            known = all_reduce(write, known, "sum", self.ranks.group)
+        change, size, threshold, refusals, *skipped = (
+            write(aten.select.int, known, 0, place) for place in range(len(facts))
+        )
         self.ratio = write(aten.div.Tensor, change, size)
-        return hit
+        limit = write(aten.div.Scalar, threshold, self.ranks.size)
+        if self.rules.coefficients is None:
+            self.drift = clock.drift
+            small = write(aten.lt.Tensor, change, write(aten.mul.Tensor, limit, size))  # false where it is no number
+        else:
+            self.drift = write(aten.add.Tensor, clock.drift, self._polynomial(self.rules.coefficients))
+            small = write(aten.lt.Tensor, self.drift, limit)
+        for skips in skipped:
+            small = write(aten.logical_or.default, small, write(aten.eq.Scalar, skips, self.ranks.size))
+        return write(aten.logical_and.default, small, write(aten.eq.Scalar, refusals, 0))
+
+    def _planned(self) -> fx.Node | None:
+        """What the plan says of this step; None without one."""
+        if self.rules.steps is None:
+            return None
+        write = self.write
+        plan = write(aten.slice.Tensor, self.control, 0, Control.PLAN, Control.length(self.rules))
+        place = write(aten.clamp.default, self.clock.steps, 0, len(self.rules.steps))
+        place = write(aten.reshape.default, write(aten._to_copy.default, place, dtype=torch.int64), [1])
+        return write(aten.select.int, write(aten.index_select.default, plan, 0, place), 0, 0)
+
+    def _polynomial(self, coefficients: Sequence[float]) -> fx.Node:
+        """The polynomial of the relative change, by Horner's scheme."""
+        write = self.write
+        value = write(aten.full_like.default, self.ratio, coefficients[0])
+        for coefficient in coefficients[1:]:
+            value = write(aten.add.Scalar, write(aten.mul.Tensor, value, self.ratio), coefficient)
+        return value
 
     def _clock(self) -> Clock:
         """Where in a generation this call is: told from its times, through which a generation goes one way."""
         write = self.write
         entry = {
             name: write(aten.select.int, self.record, 0, place)
-            for name, place in (("streak", Record.STREAK), ("computed", Record.COMPUTED), ("steps", Record.STEPS))
+            for name, place in (
+                ("streak", Record.STREAK),
+                ("computed", Record.COMPUTED),
+                ("steps", Record.STEPS),
+                ("drift", Record.DRIFT),
+            )
         }
-        unnamed, known = (write(aten.gt.Scalar, write(aten.select.int, self.control, 0, place), 0) for place in (1, 2))
+        unnamed, known = (
+            write(aten.gt.Scalar, write(aten.select.int, self.control, 0, place), 0)
+            for place in (Control.UNNAMED, Control.KNOWN)
+        )
         named = write(aten.logical_not.default, unnamed)
         continues = write(aten.gt.Scalar, entry["steps"], 0)
         remembered = []
@@ -158,8 +224,8 @@ class Decision:
             confirmed = write(aten.logical_or.default, named, self.habits.confirmed)
             reusable = write(aten.logical_and.default, stored, confirmed)
         steps = write(aten.mul.Tensor, entry["steps"], as_float(write, continues))
-        streak, computed = (
-            write(aten.mul.Tensor, entry[name], as_float(write, stored)) for name in ("streak", "computed")
+        streak, computed, drift = (
+            write(aten.mul.Tensor, entry[name], as_float(write, stored)) for name in ("streak", "computed", "drift")
         )
         return Clock(
             reusable=write(aten.logical_and.default, reusable, write(aten.gt.Scalar, computed, 0)),
@@ -167,6 +233,7 @@ class Decision:
             computed=computed,
             steps=steps,
             distance=write(aten.add.Scalar, streak, 1),
+            drift=drift,
             remembered=remembered,
         )
 
@@ -218,17 +285,18 @@ class Decision:
         computed = write(aten.where.self, hit, clock.computed, computed)
         ratio = write(aten.masked_fill.Scalar, self.ratio, write(aten.eq.Scalar, clock.computed, 0), float("nan"))
         steps = write(aten.add.Scalar, clock.steps, 1)
-        numbers = [ratio, hits, streak, computed, steps, as_float(write, clock.reusable)]
+        drift = write(aten.where.self, hit, self.drift, write(aten.zeros_like.default, hits))
+        numbers = [ratio, hits, streak, computed, steps, as_float(write, clock.reusable), drift]
         return write(aten.cat.default, [write(aten.stack.default, numbers), *clock.remembered])
 
 
-def residual_of(write: GraphWriter, before: fx.Node, after: fx.Node, rules: CacheRules) -> fx.Node:
-    """What the first blocks add, in the channels that are compared."""
-    values = [before, after]
+def sign_of(write: GraphWriter, watched: Sequence[fx.Node], rules: CacheRules) -> fx.Node:
+    """What is compared from step to step, in the channels that count: of two values their difference."""
+    values = list(watched)
     if rules.downsample_factor > 1:
         end = torch.iinfo(torch.int64).max
         values = [write(aten.slice.Tensor, value, -1, 0, end, rules.downsample_factor) for value in values]
-    return write(aten.sub.Tensor, values[1], values[0])
+    return values[0] if len(values) == 1 else write(aten.sub.Tensor, values[1], values[0])
 
 
 def as_float(write: GraphWriter, value: fx.Node) -> fx.Node:

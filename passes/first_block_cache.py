@@ -15,10 +15,11 @@ State comes in as further graph inputs, behind the graph's own, and only `comput
 copies nothing. What is a number or two a call (the last timestep, how many hits in a row) is the *record*: it comes in
 as one input and leaves as one more output, so that the host never waits for it.
 
-    control  f32[3]    threshold (0: compute); whether nobody named the slot (1: nobody did); whether the host knows
-                       that a step of the same generation ended since the slot's last call (1: it did)
+    control  f32[n]    see `Control`: threshold (0: compute); whether nobody named the slot (1: nobody did); whether the
+                       host knows that a step of the same generation ended since the slot's last call (1: it did)
     record   f32[n]    see `Record`
-    state    previous residual; then for each stored value its residual and, for TaylorSeer, its differences
+    state    what is watched (the previous residual); then for each stored value its residual and, for TaylorSeer, its
+             differences
 
 Runs on a graph that `mark_blocks` marked, sharded or not. Values with a part on each rank are stored as such parts.
 """
@@ -41,14 +42,15 @@ from paracompile.mesh import Ranks
 from paracompile.passes.cache_decision import (
     CacheRules,
     Clock,
+    Control,
     Decision,
     Record,
     as_float,
-    residual_of,
+    sign_of,
     sum_of_sizes,
 )
 from paracompile.passes.found import CacheLayout, Found, Skipped
-from paracompile.passes.mark_blocks import part_of, roles_of
+from paracompile.passes.mark_blocks import WATCHED, part_of, roles_of
 from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import AUTOCAST_EDGES
 
@@ -102,15 +104,15 @@ class _Writer:
                 self.roles.setdefault(role, {}).setdefault(form, node)
 
     def run(self) -> CacheLayout:
-        before, after = self._residual()
+        watched = self._watched()
         kept = self._kept()
-        for node in (before, after, *(value.enter for value in kept if value.enter is not None)):
+        for node in (*watched, *(value.enter for value in kept if value.enter is not None)):
             self._to_front(node)
         self._sink(kept)
         middle = self._middle()
         self._gather(middle)
-        layout = self._add_inputs(before, kept)
-        operands = self._operands(middle, before, after, kept)
+        layout = self._add_inputs(watched[0], kept)
+        operands = self._operands(middle, watched, kept)
         with self.graph.inserting_after(middle[-1]):
             anchor = self.graph.call_function(operator.add, (0, 0))  # what follows is written before it
         with self.graph.inserting_before(anchor):
@@ -125,7 +127,7 @@ class _Writer:
                 inputs=[self._placeholder(index) for index in self.skipped.inputs],
                 free=self.skipped.free,
             )
-            hit, clock = decision.hit(before, after), decision.clock
+            hit, clock = decision.hit(sign_of(self.write, watched, self.rules)), decision.clock
             shared = {**operands, clock.computed: None, clock.distance: None}
             compute = self._branch(list(shared), lambda write, place: self._compute(write, place, middle, kept, clock))
             reuse = self._branch(list(shared), lambda write, place: self._reuse(write, place, kept, clock))
@@ -189,7 +191,7 @@ class _Writer:
 
     def _sink(self, kept: list[_Kept]) -> None:
         """Moves what only the middle reads into it (the first block's text, for one): a skipped step needs none."""
-        used = {*self._residual(), *(value.enter for value in kept)}
+        used = {*self._watched(), *(value.enter for value in kept)}
         reached = False
         for node in reversed(self.graph.nodes):
             reached = reached or part_of(node) == "middle"
@@ -201,11 +203,11 @@ class _Writer:
             if part_of(node) == "front" and readers and all(part_of(reader) == "middle" for reader in readers):
                 node.meta["cache_part"] = "middle"
 
-    def _residual(self) -> tuple[fx.Node, fx.Node]:
-        """The stream before and after the blocks that decide, in one form: of parts each rank looks at its own."""
-        before, after = self.roles["before"], self.roles["after"]
-        form = max(before.keys() & after.keys(), key=lambda form: form.count("/"))
-        return before[form], after[form]
+    def _watched(self) -> tuple[fx.Node, ...]:
+        """The values that tell how much changed, in one form: of parts each rank looks at its own."""
+        roles = [self.roles[name] for name in WATCHED[self.rules.watch]]
+        form = max(set.intersection(*map(set, roles)), key=lambda form: (form.count("/"), form))
+        return tuple(forms[form] for forms in roles)
 
     def _gather(self, middle: list[fx.Node]) -> None:
         """Moves what stands between the nodes of the middle before or behind it, so that it is one piece."""
@@ -248,7 +250,7 @@ class _Writer:
             times = sum(self._placeholder(index).meta["val"].numel() for index in self.skipped.times)
             length = Record.length(times, len(self.skipped.inputs))
             record = torch.empty(length, dtype=torch.float32, device=sample.device)
-            control = torch.empty(3, dtype=torch.float32, device=sample.device)
+            control = torch.empty(Control.length(self.rules), dtype=torch.float32, device=sample.device)
         self.control = self._input("cache_control", control)
         self.record = self._input("cache_record", record)
         self.previous = self._input("cache_previous", like[0])
@@ -277,9 +279,7 @@ class _Writer:
 
     # The two branches
 
-    def _operands(
-        self, middle: list[fx.Node], before: fx.Node, after: fx.Node, kept: list[_Kept]
-    ) -> dict[fx.Node, None]:
+    def _operands(self, middle: list[fx.Node], watched: Sequence[fx.Node], kept: list[_Kept]) -> dict[fx.Node, None]:
         """What both branches are given, in order: all that the middle reads, and the state."""
         inside = set(middle)
         found = {
@@ -292,7 +292,7 @@ class _Writer:
             if not is_tensor(source):
                 raise GraphError(source, "it is no tensor and is read by blocks that may be skipped", "leave out rdt")
         entering = [value.enter for value in kept if value.enter is not None]
-        return found | dict.fromkeys([before, after, *entering, *self._state()])
+        return found | dict.fromkeys([*watched, *entering, *self._state()])
 
     def _state(self) -> list[fx.Node]:
         return [self.previous, *(node for nodes in self.stored.values() for node in nodes)]
@@ -318,15 +318,14 @@ class _Writer:
         clock: Clock,
     ) -> list[fx.Node]:
         """The blocks themselves; says whether all that they add is finite, and stores it."""
-        before, after = (place[node] for node in self._residual())
         for node in middle:
             for source in node.all_input_nodes:
                 if source.op == "get_attr" and source not in place:
                     place[source] = write.graph.node_copy(source)
             place[node] = write.graph.node_copy(node, place.__getitem__)
-        residual = residual_of(write, before, after, self.rules)
-        state = [residual]
-        sizes = [sum_of_sizes(write, as_float(write, residual))]
+        sign = sign_of(write, [place[node] for node in self._watched()], self.rules)
+        state = [sign]
+        sizes = [sum_of_sizes(write, as_float(write, sign))]
         outputs = []
         for value in kept:
             leave = place[value.leave]
@@ -365,6 +364,9 @@ class _Writer:
     ) -> list[fx.Node]:
         """What the blocks added when they were last computed, or its extrapolation to this step."""
         outputs = []
+        if self.rules.accumulates:  # the next step is compared with this one
+            sign = sign_of(write, [place[node] for node in self._watched()], self.rules)
+            write(aten.copy_.default, place[self.previous], sign)
         for value in kept:
             first, *others = (place[node] for node in self.stored[value.leave])
             if value.enter is None:

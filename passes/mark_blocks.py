@@ -9,6 +9,7 @@ Values get roles, which are carried over to the shards as well:
 
     "before", "after"           the stream where it enters the first block, and where it leaves the front: the
                                 difference is the first block's residual, which decides
+    "modulation"                what the first block makes of the stream before its first product; decides if asked to
     "enter k", "leave k"        a stream where it enters the middle, and what the back reads of it: their difference is
                                 what is stored. A value of the middle that is no stream only has "leave k".
 
@@ -35,13 +36,17 @@ from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import AUTOCAST_EDGES
 from paracompile.patterns.blocks import Joined, Stream, find_stream, joined_sources, residual_source
 
-__all__ = ["Part", "mark_blocks", "part_of", "roles_of"]
+__all__ = ["WATCHED", "Part", "mark_blocks", "part_of", "roles_of"]
 
 aten = torch.ops.aten
 
 Part = Literal["front", "middle", "back"]
 
+WATCHED = {"residual": ("before", "after"), "modulation": ("modulation",)}
+"""By what the cache may watch, the roles of the values that tell it."""
+
 _ORDER: dict[Part, int] = {"front": 0, "middle": 1, "back": 2}
+_PRODUCTS = {aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default, aten.bmm.default}
 _NARROWS = {aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default}
 
 
@@ -68,6 +73,7 @@ def mark_blocks(
     *,
     first_blocks: int = 1,
     last_blocks: int = 0,
+    watch: str = "residual",
     found: Found,
 ) -> fx.GraphModule:
     """Marks the graph's nodes; leaves a graph without repeated blocks as it is, and tells `found` nothing.
@@ -75,9 +81,10 @@ def mark_blocks(
     args:
         first_blocks: blocks at the front that are always computed and decide.
         last_blocks: blocks at the end that are always computed.
+        watch: what decides, one of `WATCHED`.
 
     raises:
-        OptionError: no block is left to skip.
+        OptionError: no block is left to skip, or the first block has no product.
     """
     stream = find_stream(gm.graph)
     if stream is None:
@@ -96,6 +103,8 @@ def mark_blocks(
         node.meta["cache_part"] = part
     _mark(_start_of_residual(stream, first_blocks), "before")
     _mark(stream.exits[first_blocks - 1], "after")
+    if watch == "modulation":
+        _mark(_modulation(stream), "modulation")
     _take_apart(gm.graph)
     for number, node in enumerate(_leaving(gm.graph)):
         _mark(node, f"leave {number}")
@@ -218,6 +227,20 @@ def _start_of_residual(stream: Stream, first: int) -> fx.Node:
     while start > 0 and stream.entries[start - 1].meta["val"].shape == shape:
         start -= 1
     return stream.entries[start]
+
+
+def _modulation(stream: Stream) -> fx.Node:
+    """What the first block makes of the stream for its first product: normalised, scaled and shifted by the time."""
+    on_stream = {stream.entries[0]}
+    for node in stream.blocks[0].nodes:
+        if on_stream.isdisjoint(node.all_input_nodes):
+            continue
+        if node.target in _PRODUCTS and node.args[0] in on_stream and isinstance(node.args[0], fx.Node):
+            return node.args[0]
+        on_stream.add(node)
+    raise OptionError(
+        "watch", "modulation", f"the first block, {stream.blocks[0].path}, has no product on its stream: leave it out"
+    )
 
 
 def _times(graph: fx.Graph) -> tuple[int, ...]:

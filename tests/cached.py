@@ -23,7 +23,7 @@ from random_tensors import draw
 from torch import Tensor, fx
 
 from paracompile.passes import CacheLayout, CachePasses, CacheRules
-from paracompile.passes.cache_decision import Record
+from paracompile.passes.cache_decision import Control, Record
 
 ALWAYS, NEVER = 1e9, 0.0
 """Thresholds: skip whenever a step may be skipped; compute always."""
@@ -70,6 +70,7 @@ class CachedGraphs:
     graphs: Sequence[fx.GraphModule]
     layouts: Sequence[CacheLayout]
     mesh: dict[str, int]
+    plan: tuple[float, ...]
 
     def begin(self) -> Generation:
         """A generation of which nothing is stored yet."""
@@ -100,7 +101,7 @@ class Generation:
         arguments = arguments_of(self.graphs.of, inputs)
         thresholds = [rdt] * len(self.records) if isinstance(rdt, (int, float)) else rdt
         given = [
-            [*arguments, torch.tensor([threshold, float(unnamed), float(known)]), record, *state]
+            [*arguments, torch.tensor([threshold, float(unnamed), float(known), *self.graphs.plan]), record, *state]
             for threshold, record, state in zip(thresholds, self.records, self.state, strict=True)
         ]
         with torch.no_grad():
@@ -116,10 +117,11 @@ def cached(
 ) -> CachedGraphs:
     """The graphs of the ranks of a mesh, given as sizes by axis (one rank if left out); `rules` are `CacheRules`."""
     mesh = mesh or {"ulysses": 1}
-    cache_passes = CachePasses(first_blocks, last_blocks, CacheRules(**rules))
+    chosen = CacheRules(**rules)
+    cache_passes = CachePasses(first_blocks, last_blocks, chosen)
     made = of_all_ranks(of.gm, of.example_inputs, mesh, cache=cache_passes)
     layouts = [found.cache for found in made.found if found.cache is not None]
-    return CachedGraphs(of, made.graphs, layouts, mesh)
+    return CachedGraphs(of, made.graphs, layouts, mesh, Control.plan(chosen))
 
 
 def cached_family(

@@ -25,6 +25,28 @@ LIMITS: list[tuple[str, list[Any], list[Any], str]] = [
     ("last_blocks", [1, 9], [-1], "of at least 0"),
 ]
 KEYS = [key for key, *_ in LIMITS]
+
+# Key, a value that is taken, values that are not, and how they are told
+POLICY: list[tuple[str, Any, list[Any], str]] = [
+    ("steps", "1?0", ["", "12", "yes", 101, ["1"]], "give a letter for each step"),
+    ("watch", "modulation", ["Residual", "time", None, 1], "give one of 'residual', 'modulation'"),
+    ("coefficients", [1, 0.5], [[], "1", 1.0, [math.nan], ["1"], [True]], "give the polynomial's coefficients"),
+]
+
+
+@pytest.mark.parametrize("key, taken, refused, told", POLICY, ids=[key for key, *_ in POLICY])
+def test_what_stands_for_a_policy(key: str, taken: Any, refused: list[Any], told: str) -> None:
+    value = getattr(Options.parse({**RDT, key: taken}), key)
+    assert value == (tuple(taken) if isinstance(taken, list) else taken)
+    assert Options.parse({**RDT, key: taken}).fingerprint() != Options.parse(RDT).fingerprint()
+    with pytest.raises(OptionError, match='give "rdt" as well'):
+        Options.parse({key: taken})
+    for wrong in refused:
+        with pytest.raises(OptionError, match=told) as caught:
+            Options.parse({**RDT, key: wrong})
+        assert caught.value.key == key
+
+
 by_key = pytest.mark.parametrize("key, taken, refused, limits", LIMITS, ids=KEYS)
 
 

@@ -5,6 +5,7 @@ What it must give is worked out by hand in `by_hand`, on the model itself in flo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -396,6 +397,82 @@ def test_the_first_steps_of_each_generation_are_computed() -> None:
     assert hits(graphs_of(warmup_steps=2).run(inputs, ALWAYS)) == "ccsccss"
 
 
+@pytest.mark.parametrize(
+    "plan, pattern",
+    [("1", "cssss"), ("11?1?", "ccscs"), ("?1", "ccsss"), ("1?1?1?1", "cscsc"), ("000", "cssss")],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_steps_that_are_computed_by_plan(plan: str, pattern: str, ranks: int) -> None:
+    inputs = [noisy(number) for number in range(5)]
+    assert hits(graphs_of(ranks=ranks, steps=plan).run(inputs, ALWAYS)) == pattern
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_steps_that_are_skipped_by_plan(ranks: int) -> None:
+    """Whatever changed, as long as something is stored and a threshold is set; but not what is no number."""
+    inputs = [noisy(number, 100.0) for number in range(6)]
+    graphs = graphs_of(ranks=ranks, steps="0010?")
+    assert hits(graphs.run(inputs, 1e-9)) == "csc" + "scc"
+    assert hits(graphs.run(inputs, NEVER)) == "cccccc"
+    assert hits(graphs_of(ranks=ranks, steps="0000", warmup_steps=2).run(inputs[:4], 1e-9)) == "ccss"
+    assert hits(graphs_of(ranks=ranks, steps="0000", max_consecutive_hits=1).run(inputs[:4], 1e-9)) == "cscs"
+    again = [noisy(number) for number in (0, 1, 2, 0, 1, 2)]
+    assert hits(graphs.run(again, 1e-9)) == "csccsc"  # each generation has its plan
+
+
+# Watching what the first block makes of its input
+
+
+def modulated(model: nn.Module, inputs: Inputs) -> Tensor:
+    """What goes into the first block's first product."""
+    found: list[Tensor] = []
+    linear = next(module for module in model.blocks[0].modules() if isinstance(module, nn.Linear))  # type: ignore[index,union-attr]
+    handle = linear.register_forward_pre_hook(lambda module, given: found.append(given[0].double()))
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    return found[0]
+
+
+def changes(watched: Sequence[Tensor]) -> list[float]:
+    return [float((new - old).abs().sum() / old.abs().sum()) for old, new in itertools.pairwise(watched)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_modulation_is_what_goes_into_the_first_product(ranks: int) -> None:
+    inputs = [noisy(number) for number in range(4)]
+    watched = [modulated(denoiser().model, each) for each in inputs]
+    steps = graphs_of(ranks=ranks, watch="modulation").run(inputs, NEVER)
+    assert [each.ratio for each in steps[1:]] == pytest.approx(changes(watched), rel=1e-4)
+    skipping = graphs_of(ranks=ranks, watch="modulation").run(inputs, ALWAYS)
+    assert hits(skipping) == "csss"
+    model = ByHand(denoiser())
+    by_formula(skipping[-1].output, model.skipped(inputs[-1], model.computed(inputs[0]).added))
+
+
+@pytest.mark.parametrize("watch", ["residual", "modulation"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_changes_from_step_to_step_add_up_through_a_polynomial(watch: str, ranks: int) -> None:
+    """TeaCache's rule: skipped as long as their sum is below the threshold; a computed step begins anew."""
+    inputs = [noisy(number, 0.02) for number in range(8)]
+    polynomial = (3.0, -0.5, 0.25)
+    graphs = graphs_of(ranks=ranks, watch=watch, coefficients=polynomial)
+    computed = graphs.run(inputs, NEVER)
+    ratios = [each.ratio for each in computed[1:]]  # of each step to the one before
+    distances = [3.0 * ratio**2 - 0.5 * ratio + 0.25 for ratio in ratios]
+    limit = 2.5 * sum(distances) / len(distances)
+    expected, drift = "c", 0.0
+    for distance in distances:
+        drift += distance
+        expected += "s" if drift < limit else "c"
+        drift = drift if drift < limit else 0.0
+    assert "ss" in expected
+    assert "c" in expected[1:]
+    found = graphs.run(inputs, limit)
+    assert hits(found) == expected
+    assert [each.ratio for each in found[1:]] == pytest.approx(ratios, rel=1e-4)  # skipped steps are compared with, too
+
+
 @pytest.mark.parametrize("most, pattern", [(1, "cscscscs"), (3, "cssscsss")])
 def test_so_many_hits_in_a_row_at_most(most: int, pattern: str) -> None:
     inputs = [noisy(number) for number in range(8)]
@@ -742,7 +819,7 @@ def test_what_the_graph_takes_and_gives_besides() -> None:
         ]
         given = [tuple(node.meta["val"].shape) for node in inputs[own:]]
         assert given == [tuple(value.shape) for value in (layout.control, layout.record, *layout.state)]
-        assert layout.control.shape == (3,)
+        assert layout.control.shape == (4,)  # threshold, two facts, and what to do in any step
         # timestep and guidance of three rows; they, the sample, two texts and two tables of positions
         assert layout.record.shape == (Record.length(times=2 * 3, inputs=7),)
         assert not any(value.is_inference() for value in layout.state)

@@ -189,10 +189,10 @@ def forget_all(generation: Generation | None = None) -> None:
 
 
 @cache
-def _control(threshold: float, unnamed: bool, known: bool, device: torch.device) -> Tensor:
+def _control(threshold: float, unnamed: bool, known: bool, plan: tuple[float, ...], device: torch.device) -> Tensor:
     """Made once: no copy to the device at each step."""
     with torch.inference_mode(False):
-        return torch.tensor([threshold, float(unnamed), float(known)], dtype=torch.float32, device=device)
+        return torch.tensor([threshold, float(unnamed), float(known), *plan], dtype=torch.float32, device=device)
 
 
 @dataclass(eq=False)
@@ -204,6 +204,7 @@ class CachedCall:
         prepare: what is done to the arguments first: ranks agree on them, quantised weights are taken apart.
         like: the state that it takes.
         threshold: of the options.
+        plan: what the control says of each step.
         static: the places of parameters and buffers among the arguments.
         signs: which arguments tell calls apart.
         inputs: the names of what a call brings, in the order in which the record remembers it.
@@ -214,6 +215,7 @@ class CachedCall:
     prepare: Callable[[Sequence[Any]], list[Any]]
     like: StateLike
     threshold: float
+    plan: tuple[float, ...]
     static: tuple[int, ...]
     signs: CallSigns
     inputs: tuple[str, ...]
@@ -229,7 +231,7 @@ class CachedCall:
         known = generation.is_loop and slot.step is not None and slot.step < generation.steps
         slot.step = generation.steps
         threshold = self.threshold if model.threshold is None else model.threshold
-        control = _control(threshold, name is None, known, slot.record.device)
+        control = _control(threshold, name is None, known, self.plan, slot.record.device)
         try:
             *outputs, record = self.compiled(*self.prepare(args), control, slot.record, *slot.state)
         except BaseException:

@@ -20,7 +20,7 @@ from paracompile.tune.plan import (
     dtype_or_default,
     read_prompts,
 )
-from paracompile.tune.settings import KNOBS, Setting, Value, by_compile, knob_value, setting_of, sweep
+from paracompile.tune.settings import FLAGS, KNOBS, Setting, Value, by_compile, knob_value, setting_of, sweep
 
 __all__ = ["add_parser"]
 
@@ -73,7 +73,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
     knobs = parser.add_argument_group("what is swept", "Values with commas between them; all combinations are run.")
     for name, meaning in KNOBS.items():
-        knobs.add_argument(f"--{name.replace('_', '-')}", type=_list_of(_knob(name)), metavar="VALUES", help=meaning)
+        knobs.add_argument(f"--{FLAGS[name]}", type=_list_of(_knob(name)), dest=name, metavar="VALUES", help=meaning)
     knobs.add_argument(
         "--setting",
         type=_setting,
@@ -177,11 +177,12 @@ def _knob(name: str) -> Callable[[str], Value]:
 
 def _setting(text: str) -> dict[str, Value]:
     values: dict[str, Value] = {}
+    by_flag = {flag: knob for knob, flag in FLAGS.items()}
     for part in text.split(","):
         name, sign, value = part.partition("=")
-        knob = name.strip().replace("-", "_")
-        if not sign or knob not in KNOBS:
-            known = ", ".join(name.replace("_", "-") for name in KNOBS)
+        knob = by_flag.get(name.strip().replace("_", "-"))
+        if not sign or knob is None:
+            known = ", ".join(by_flag)
             raise argparse.ArgumentTypeError(f"{part.strip()!r} is not of the form KNOB=VALUE with a knob of {known}")
         if knob in values:
             raise argparse.ArgumentTypeError(f"{name.strip()} is there twice")

@@ -15,7 +15,7 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from paracompile.tune.metrics import PSNR_LIMIT
-from paracompile.tune.settings import NO_CACHE
+from paracompile.tune.settings import FLAGS, NO_CACHE, knob_text
 from paracompile.tune.table import Limits, Row
 
 __all__ = ["plot"]
@@ -85,7 +85,7 @@ def _panel(axes: Axes, measure: _Measure, rows: Sequence[Row], chosen: Row | Non
     lines: dict[str, list[Row]] = {}
     for row in rows:
         if row.setting.rdt is not None:
-            others = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in row.setting.others)
+            others = ", ".join(f"{FLAGS[name]} {knob_text(value)}" for name, value in row.setting.others)
             lines.setdefault(others or "rdt alone", []).append(row)
     names = []
     for number, (label, line) in enumerate(lines.items()):

@@ -10,9 +10,21 @@ from dataclasses import dataclass
 from paracompile.errors import OptionError, ParacompileError
 from paracompile.options import Options
 
-__all__ = ["KNOBS", "NO_CACHE", "PLAIN", "Setting", "Value", "by_compile", "knob_value", "setting_of", "sweep"]
+__all__ = [
+    "FLAGS",
+    "KNOBS",
+    "NO_CACHE",
+    "PLAIN",
+    "Setting",
+    "Value",
+    "by_compile",
+    "knob_text",
+    "knob_value",
+    "setting_of",
+    "sweep",
+]
 
-Value = float | int | None
+Value = float | int | str | tuple[float, ...] | None
 
 KNOBS: dict[str, str] = {
     "rdt": "thresholds: skip blocks where the first block's residual changed less; changed without a compile",
@@ -20,10 +32,16 @@ KNOBS: dict[str, str] = {
     "max_consecutive_hits": "skipped steps in a row at most (none: no limit)",
     "downsample_factor": "compare only every n-th channel of the residual",
     "taylor_order": "what stands for skipped blocks: 0 the last residual; 1, 2 its extrapolation",
+    "steps": "a letter for each step: 1 computes, 0 skips, ? decides by the threshold",
+    "watch": "what tells how much changed: residual or modulation",
+    "coefficients": "of the polynomial through which changes add up, with colons between them (1:0: as they are)",
     "first_blocks": "blocks at the front that are always computed, and decide",
     "last_blocks": "blocks at the end that are always computed",
 }
 """The options of the cache by name, and what they are for the help; all but the first are fixed in the graph."""
+
+FLAGS: dict[str, str] = {name: name.replace("_", "-") for name in KNOBS} | {"steps": "step-plan"}
+"""What each is called on the command line, where --steps is the pipeline's."""
 
 _DEFAULTS = {name: getattr(Options(), name) for name in KNOBS}
 
@@ -46,7 +64,7 @@ class Setting:
     def rdt(self) -> float | None:
         """The threshold; None without a cache."""
         rdt = dict(self.knobs).get("rdt")
-        return None if rdt is None else float(rdt)
+        return rdt if isinstance(rdt, float) else None
 
     @property
     def fixed(self) -> tuple[object, ...]:
@@ -78,11 +96,11 @@ def setting_of(values: Mapping[str, Value]) -> Setting:
         OptionError: a value that cannot work.
     """
     rdt = values.get("rdt")
-    if rdt is None or not 0 < rdt < math.inf:
+    if not isinstance(rdt, (int, float)) or not 0 < rdt < math.inf:
         raise OptionError("rdt", rdt, "give finite thresholds above 0 (the run without a cache is made in any case)")
     Options.parse(values)
     knobs = tuple((name, values[name]) for name in KNOBS if name in values and values[name] != _DEFAULTS[name])
-    return Setting(", ".join(f"{name.replace('_', '-')} {value}" for name, value in knobs), knobs)
+    return Setting(", ".join(f"{FLAGS[name]} {knob_text(value)}" for name, value in knobs), knobs)
 
 
 def sweep(values: Mapping[str, Sequence[Value]]) -> list[Setting]:
@@ -104,16 +122,25 @@ def by_compile(settings: Iterable[Setting]) -> list[Setting]:
     return [setting for group in groups.values() for setting in group]
 
 
+def knob_text(value: Value) -> str:
+    """A value as the command line has it."""
+    return ":".join(f"{each:g}" for each in value) if isinstance(value, tuple) else str(value)
+
+
 def knob_value(name: str, text: str) -> Value:
     """Reads one value.
 
     raises:
-        ParacompileError: not a number.
+        ParacompileError: not a number, or not numbers.
     """
     if name == "max_consecutive_hits" and text.lower() == "none":
         return None
+    if name in ("steps", "watch"):
+        return text
     try:
+        if name == "coefficients":
+            return tuple(float(part) for part in text.split(":"))
         return float(text) if name == "rdt" else int(text)
     except ValueError:
-        kind = "a number" if name == "rdt" else "a whole number"
+        kind = {"rdt": "a number", "coefficients": "numbers with colons between them"}.get(name, "a whole number")
         raise ParacompileError(f"{text!r} is not {kind}") from None

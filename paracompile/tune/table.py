@@ -10,7 +10,7 @@ from pathlib import Path
 
 from paracompile.tune.metrics import PSNR_LIMIT, Quality
 from paracompile.tune.results import Figures
-from paracompile.tune.settings import KNOBS, NO_CACHE, Setting
+from paracompile.tune.settings import KNOBS, NO_CACHE, Setting, knob_text
 
 __all__ = ["Limits", "Row", "advice", "csv_file", "recommended", "rows_of", "text"]
 
@@ -156,4 +156,11 @@ def csv_file(rows: Sequence[Row], path: Path) -> None:
         for row in rows:
             knobs = dict(row.setting.knobs)
             numbers = [row.computed, row.seconds, row.time_ratio, row.psnr, row.psnr_worst, row.ssim, row.ssim_worst]
-            writer.writerow([row.setting.name, *(knobs.get(name) for name in KNOBS), *numbers, row.score])
+            writer.writerow(
+                [
+                    row.setting.name,
+                    *(knob_text(knobs[name]) if name in knobs else None for name in KNOBS),
+                    *numbers,
+                    row.score,
+                ]
+            )

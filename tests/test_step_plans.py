@@ -1,0 +1,47 @@
+"""Plans of steps that are made before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from paracompile import OptionError, steps_by_magnitude
+from paracompile.options import Options
+
+
+@pytest.mark.parametrize(
+    "ratios, how, expected",
+    [
+        ([1.0] * 6, {"limit": 0.1, "most": 2, "retained": 0.0}, "100100"),
+        ([1.0] * 6, {"limit": 0.1, "most": 9, "retained": 0.5}, "111000"),
+        ([1.0] * 10, {"limit": 0.1, "most": 9}, "1100000000"),
+        # 0.9 is 0.1 off, 0.81 is 0.19 off: 0.29 together
+        ([1.0] + [0.9] * 5, {"limit": 0.2, "most": 9, "retained": 0.0}, "101010"),
+        ([1.0] + [0.9] * 5, {"limit": 0.3, "most": 9, "retained": 0.0}, "100100"),
+        # what grows and shrinks again is not far off any more, but its errors are
+        ([1.0, 1.25, 0.8, 1.0], {"limit": 0.25, "most": 9, "retained": 0.0}, "1000"),
+        ([1.0, 1.25, 0.8, 1.25], {"limit": 0.25, "most": 9, "retained": 0.0}, "1001"),
+        ([1.0] * 3, {"limit": 0.0, "most": 0, "retained": 0.0}, "111"),
+    ],
+)
+def test_by_magnitude(ratios: list[float], how: dict[str, Any], expected: str) -> None:
+    assert steps_by_magnitude(ratios, **how) == expected
+    assert Options.parse({"rdt": 0.1, "steps": expected}).steps == expected
+
+
+@pytest.mark.parametrize(
+    "ratios, how, key",
+    [
+        ([], {}, "ratios"),
+        ([1.0, 0.0], {}, "ratios"),
+        ([1.0, float("nan")], {}, "ratios"),
+        ([1.0, 1.0], {"limit": -1.0}, "limit"),
+        ([1.0, 1.0], {"most": -1}, "most"),
+        ([1.0, 1.0], {"retained": 1.5}, "retained"),
+    ],
+)
+def test_what_cannot_be_is_an_error(ratios: list[float], how: dict[str, Any], key: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        steps_by_magnitude(ratios, **{"limit": 0.1, "most": 2, **how})
+    assert caught.value.key == key
