@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import inspect
 import json
@@ -25,9 +26,10 @@ from random_tensors import randomise
 import paracompile
 from paracompile.__main__ import main
 from paracompile.errors import OptionError, ParacompileError
+from paracompile.tune.command import add_parser
 from paracompile.tune.metrics import PSNR_LIMIT, load_judge, quality
 from paracompile.tune.results import Figures, Job, Results
-from paracompile.tune.settings import NO_CACHE, PLAIN, by_compile, setting_of, sweep
+from paracompile.tune.settings import NO_CACHE, PLAIN, by_compile, knob_text, knob_value, setting_of, sweep
 from paracompile.tune.table import Limits, Row, advice, recommended, rows_of
 
 ROOT = Path(__file__).parents[1]
@@ -158,6 +160,45 @@ def test_sweep_is_the_product_with_the_thresholds_innermost() -> None:
 def test_settings_that_share_a_compile_come_together() -> None:
     first, other, again = (setting_of(each) for each in ({"rdt": 0.1}, {"rdt": 0.1, "last_blocks": 1}, {"rdt": 0.2}))
     assert by_compile([first, other, again]) == [first, again, other]
+
+
+@pytest.mark.parametrize(
+    "name, text, value",
+    [
+        ("rdt", "0.1", 0.1),
+        ("max_consecutive_hits", "none", None),
+        ("taylor_order", "2", 2),
+        ("steps", "1?0", "1?0"),
+        ("watch", "modulation", "modulation"),
+        ("coefficients", "498:-283.5:0.25", (498.0, -283.5, 0.25)),
+    ],
+)
+def test_a_value_is_read_as_it_is_written(name: str, text: str, value: Any) -> None:
+    assert knob_value(name, text) == value
+    assert knob_text(value).lower() == text
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    return parser.parse_args(["tune", "--pipe", "pipe", "--prompts", "prompts.txt", *arguments])
+
+
+def test_a_plan_of_steps_has_a_flag_of_its_own() -> None:
+    """`--steps` is how many the pipeline makes."""
+    setting = setting_of({"rdt": 0.1, "steps": "10", "watch": "modulation", "coefficients": (1.0, 0.0)})
+    assert setting.name == "rdt 0.1, step-plan 10, watch modulation, coefficients 1:0"
+    options = parse("--rdt", "0.1", "--step-plan", "10,1?0", "--coefficients", "1:0,2:1:0", "--steps", "28")
+    assert (options.steps, options.num_inference_steps) == (["10", "1?0"], 28)
+    assert options.coefficients == [(1.0, 0.0), (2.0, 1.0, 0.0)]
+    (added,) = parse("--setting", "rdt=0.1,step-plan=10,watch=modulation").setting
+    assert added == {"rdt": 0.1, "steps": "10", "watch": "modulation"}
+
+
+@pytest.mark.parametrize("name, text", [("coefficients", "1,0"), ("coefficients", ""), ("taylor_order", "1:0")])
+def test_what_is_no_value(name: str, text: str) -> None:
+    with pytest.raises(ParacompileError, match="is not"):
+        knob_value(name, text)
 
 
 def test_default_values_make_no_other_setting() -> None:
