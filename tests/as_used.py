@@ -17,7 +17,13 @@ from torch import Tensor, nn
 import paracompile
 
 ALWAYS = 1e9
-EVERYTHING: dict[str, Any] = {"warmup_steps": 1, "taylor_order": 1, "last_blocks": 1}
+EVERYTHING: dict[str, Any] = {
+    "warmup_steps": 1,
+    "taylor_order": 1,
+    "last_blocks": 1,
+    "watch": "modulation",
+    "coefficients": (1.0, 0.0),
+}
 """Options beside quantised weights."""
 
 Built = tuple[nn.Module, Inputs]
