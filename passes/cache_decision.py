@@ -15,10 +15,10 @@ from torch import fx
 
 from paracompile.mesh import Ranks
 from paracompile.passes.fingerprints import NUMBERS, Habits
-from paracompile.passes.writer import GraphWriter
+from paracompile.passes.writer import GraphWriter, as_float
 from paracompile.runtime.collectives import all_reduce
 
-__all__ = ["CacheRules", "Clock", "Control", "Decision", "Record", "as_float", "sign_of", "sum_of_sizes"]
+__all__ = ["CacheRules", "Clock", "Control", "Decision", "Record", "sign_of", "sum_of_sizes"]
 
 aten = torch.ops.aten
 
@@ -272,9 +272,7 @@ class Decision:
         if not times:
             return None
         flat = [write(aten.reshape.default, node, [-1]) for node in times]
-        return write(
-            aten.cat.default, [write(aten._to_copy.default, x, dtype=torch.float32, device=self._device) for x in flat]
-        )
+        return write(aten.cat.default, [as_float(write, each, self._device) for each in flat])
 
     def new_record(self, hit: fx.Node, fine: fx.Node) -> fx.Node:
         """What the next call is told; `fine` says whether all that was stored is finite."""
@@ -297,12 +295,6 @@ def sign_of(write: GraphWriter, watched: Sequence[fx.Node], rules: CacheRules) -
         end = torch.iinfo(torch.int64).max
         values = [write(aten.slice.Tensor, value, -1, 0, end, rules.downsample_factor) for value in values]
     return values[0] if len(values) == 1 else write(aten.sub.Tensor, values[1], values[0])
-
-
-def as_float(write: GraphWriter, value: fx.Node) -> fx.Node:
-    if value.meta["val"].dtype is torch.float32:
-        return value
-    return write(aten._to_copy.default, value, dtype=torch.float32)
 
 
 def sum_of_sizes(write: GraphWriter, value: fx.Node) -> fx.Node:

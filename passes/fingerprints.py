@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from paracompile.passes.writer import GraphWriter
+from paracompile.passes.writer import GraphWriter, as_float
 
 __all__ = ["NUMBERS", "Habits", "changed", "fingerprint"]
 
@@ -46,13 +46,11 @@ class Habits:
         """`last` is what was remembered; the last `free` inputs change in a trajectory: times, a sample."""
         count = len(inputs)
         prints = [fingerprint(write, value) for value in inputs]
-        now = write(
-            aten.cat.default, [write(aten._to_copy.default, x, dtype=torch.float32, device=device) for x in prints]
-        )
+        now = write(aten.cat.default, [as_float(write, each, device) for each in prints])
         before = write(aten.slice.Tensor, last, 0, 0, 2 * count)
         habits = write(aten.slice.Tensor, last, 0, 2 * count, NUMBERS * count)
         differs = write(aten.any.dim, write(aten.reshape.default, write(aten.ne.Tensor, now, before), [count, 2]), 1)
-        found = write(aten.sub.Scalar, write(aten.mul.Scalar, _as_float(write, differs), _OTHER - _SAME), -_SAME)
+        found = write(aten.sub.Scalar, write(aten.mul.Scalar, as_float(write, differs), _OTHER - _SAME), -_SAME)
         unknown = write(aten.eq.Scalar, habits, 0)
         keeps = write(aten.logical_or.default, unknown, write(aten.eq.Tensor, found, habits))
         was_other = write(aten.eq.Scalar, habits, _OTHER)
@@ -89,7 +87,3 @@ def changed(before: Sequence[float], after: Sequence[float]) -> list[bool]:
     """For each input, of what was remembered at two calls: whether it changed between them."""
     count = len(after) // NUMBERS
     return [before[2 * number : 2 * number + 2] != after[2 * number : 2 * number + 2] for number in range(count)]
-
-
-def _as_float(write: GraphWriter, value: fx.Node) -> fx.Node:
-    return write(aten._to_copy.default, value, dtype=torch.float32)

@@ -45,13 +45,12 @@ from paracompile.passes.cache_decision import (
     Control,
     Decision,
     Record,
-    as_float,
     sign_of,
     sum_of_sizes,
 )
 from paracompile.passes.found import CacheLayout, Found, Skipped
 from paracompile.passes.mark_blocks import WATCHED, part_of, roles_of
-from paracompile.passes.writer import GraphWriter
+from paracompile.passes.writer import GraphWriter, as_float
 from paracompile.patterns.autocast import AUTOCAST_EDGES
 
 __all__ = ["COMPUTE", "COND", "REUSE", "first_block_cache"]

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from paracompile.patterns.regions import look_of
 
-__all__ = ["PROVENANCE", "GraphWriter"]
+__all__ = ["PROVENANCE", "GraphWriter", "as_float"]
 
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "cache_part")
 """What a node that is written in another's place takes over of its `meta`."""
@@ -66,3 +66,11 @@ class GraphWriter:
     def _mark(self, node: fx.Node) -> None:
         if self.origin is not None:
             node.meta.update({key: self.origin.meta[key] for key in PROVENANCE if key in self.origin.meta})
+
+
+def as_float(write: GraphWriter, value: fx.Node, device: torch.device | None = None) -> fx.Node:
+    """The value in float32, on another device if one is given; the host does not wait for the copy."""
+    copy, made = torch.ops.aten._to_copy.default, value.meta["val"]
+    if device is not None and device != made.device:
+        return write(copy, value, dtype=torch.float32, device=device, non_blocking=True)
+    return value if made.dtype is torch.float32 else write(copy, value, dtype=torch.float32)
