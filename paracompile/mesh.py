@@ -215,11 +215,13 @@ class Ranks:
 
     @classmethod
     def _from_axes(cls, mesh: DeviceMesh) -> Ranks:
-        takes = 'takes a mesh with any of the axes "batch", "ring", "ulysses", or one of one dimension without names'
+        takes = 'takes a mesh with any of the axes "batch", "ring", "ulysses", or one of a single dimension'
         names = mesh.mesh_dim_names
         if names is None:
             if mesh.ndim != 1:
                 raise OptionError("mesh", mesh, f"{mesh.ndim} dimensions and no names: paracompile {takes}")
+            names = ("ulysses",)
+        elif mesh.ndim == 1 and names[0] not in AXES:  # another library's name for it, or that of axes made one
             names = ("ulysses",)
         if not set(names) & set(AXES):
             raise OptionError("mesh", mesh, f"axes {', '.join(map(repr, names))}: paracompile {takes}")

@@ -113,6 +113,11 @@ def test_named_meshes(world: Callable[[int, int], None]) -> None:
     two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "ulysses"))
     part = Ranks.from_mesh(two["ulysses"])
     assert (part.ulysses.size, part.ulysses.rank, part.members) == (2, 1, (2, 3))
+    other = Ranks.from_mesh(init_device_mesh("cpu", (4,), mesh_dim_names=("context",)))
+    assert (other.ulysses.size, other.members) == (4, (0, 1, 2, 3))
+    as_one = Ranks.from_mesh(two._flatten("model"))
+    assert (as_one.ulysses.size, as_one.ulysses.rank, as_one.members) == (4, 3, (0, 1, 2, 3))
+    assert as_one.group == as_one.sequence_group == as_one.ulysses.group != ""
     spare = init_device_mesh("cpu", (4, 1), mesh_dim_names=("ulysses", "data"))
     assert Ranks.from_mesh(spare).members == (0, 1, 2, 3)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 import torch
 from denoising import ALWAYS
 from diffusers import DiffusionPipeline, FluxPipeline
+from peft import LoraConfig
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import paracompile
@@ -77,6 +80,49 @@ def test_again_with_other_options() -> None:
     parallelize(pipe, compiler="eager")
     latents(pipe)
     assert pipe.transformer._compiled_call_impl is not None
+
+
+def with_adapters(pipe: Any) -> Iterator[Tensor]:
+    """What a pipeline draws as adapters come, change their scale, are fused and go."""
+
+    def add(name: str, seed: int) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_mlp"]
+            config = LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=targets)
+            pipe.transformer.add_adapter(config, adapter_name=name)
+
+    yield latents(pipe)
+    add("one", 1)
+    yield latents(pipe)
+    for scale in (0.5, 0.25, 0.125):
+        pipe.set_adapters(["one"], [scale])
+        yield latents(pipe)
+    add("two", 2)
+    for scales in ([0.5, 0.75], [0.25, 0.5], [0.125, 0.25]):
+        pipe.set_adapters(["one", "two"], scales)
+        yield latents(pipe)
+    pipe.fuse_lora(adapter_names=["one"])
+    yield latents(pipe)
+    pipe.unfuse_lora()
+    yield latents(pipe)
+    pipe.unload_lora_weights()
+    yield latents(pipe)
+
+
+def test_adapters_come_and_go_and_a_scale_that_changes_compiles_nothing() -> None:
+    torch._dynamo.reset()
+    pipe = parallelize(load(), rdt=ALWAYS, compiler="eager")
+    set_rdt(pipe.transformer, 0)
+    expected, compiled = list(with_adapters(load())), []
+    counters.clear()
+    for found, plain in zip(with_adapters(pipe), expected, strict=True):
+        assert torch.allclose(found, plain, rtol=1e-4, atol=1e-5)
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert len({tuple(each.flatten()[:8].tolist()) for each in expected}) >= 8  # each state draws another picture
+    assert compiled[2] == compiled[3] == compiled[4]  # the first change of a scale shows that it changes
+    assert compiled[6] == compiled[7]
+    assert compiled[-1] <= 8
 
 
 @pytest.mark.parametrize("how", ["int8", "configuration"])
