@@ -171,7 +171,7 @@ def _rewritten(
         cache=_cache_passes(options) if options.caches else None,
         regions=options.regions,
     )
-    # In Dynamo's own mode Inductor would look for the symbols of all numbers in each region, and make constants of them.
+    # In Dynamo's own mode Inductor looks for the symbols of all numbers in each region, and makes constants of them.
     own = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with tracing(TracingContext(own)):
         local = run_passes(captured.gm, captured.example_inputs, passes, after=after)

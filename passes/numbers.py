@@ -82,7 +82,7 @@ class _Writer:
         expected = node.meta.get("example_value")
         if node.target in MADE:
             assert isinstance(expected, torch.Tensor)
-            how = {"dtype": expected.dtype, "device": expected.device, "copy": True}
+            how: dict[str, Any] = {"dtype": expected.dtype, "device": expected.device, "copy": True}
             made = self.graph.call_method("to", (self.copies[node.all_input_nodes[0]],), how)
             made.meta = dict(node.meta)
             return made

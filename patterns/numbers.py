@@ -44,8 +44,9 @@ _BY_PLACE: Mapping[Any, tuple[int, ...]] = {
     **{getattr(torch, name): (0, 1) for name in _ARITHMETIC if hasattr(torch, name)},
     **{name: (1,) for name in _ARITHMETIC if hasattr(torch.Tensor, name)},
     **{f"{name}_": (1,) for name in _IN_PLACE if hasattr(torch.Tensor, f"{name}_")},
-    **{torch.where: (1, 2), "where": (2,), "masked_fill": (2,), "masked_fill_": (2,), "fill_": (1,)},
-    **{operator.setitem: (2,)},
+    torch.where: (1, 2),
+    **{name: (2,) for name in ("where", "masked_fill", "masked_fill_", operator.setitem)},
+    "fill_": (1,),
     **dict.fromkeys(MADE, (0,)),
     **{target: (place,) for target, place in FILLED.items()},
 }
