@@ -45,7 +45,7 @@ _BY_PLACE: Mapping[Any, tuple[int, ...]] = {
     **{name: (1,) for name in _ARITHMETIC if hasattr(torch.Tensor, name)},
     **{f"{name}_": (1,) for name in _IN_PLACE if hasattr(torch.Tensor, f"{name}_")},
     torch.where: (1, 2),
-    **{name: (2,) for name in ("where", "masked_fill", "masked_fill_", operator.setitem)},
+    **dict.fromkeys(("where", "masked_fill", "masked_fill_", operator.setitem), (2,)),
     "fill_": (1,),
     **dict.fromkeys(MADE, (0,)),
     **{target: (place,) for target, place in FILLED.items()},
