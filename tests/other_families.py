@@ -7,7 +7,7 @@ sizes are. `NOT_BUILT` says which of diffusers' classes are in none of these mod
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from families import Inputs, padding_mask
@@ -84,7 +84,7 @@ def hunyuan_dit() -> Built:
         timestep=times(),
         encoder_hidden_states=text(20, 7),
         text_embedding_mask=padding_mask(BATCH, 7, (2, 0)),
-        encoder_hidden_states_t5=text(TEXT_WIDTH, 9, seed=3),
+        encoder_hidden_states_t5=text(32, 9, seed=3),
         text_embedding_mask_t5=padding_mask(BATCH, 9),
         image_meta_size=draw(BATCH, 6, seed=5),
         style=torch.zeros(BATCH, dtype=torch.long),
@@ -100,7 +100,7 @@ def hunyuan_dit() -> Built:
         hidden_size=WIDTH,
         num_layers=4,
         cross_attention_dim=20,
-        cross_attention_dim_t5=TEXT_WIDTH,
+        cross_attention_dim_t5=32,
         pooled_projection_dim=24,
         text_len=7,
         text_len_t5=9,
@@ -320,7 +320,7 @@ def ideogram4() -> Built:
         intermediate_size=104,
         adaln_dim=24,
         llm_features_dim=TEXT_WIDTH,
-        mrope_section=(2, 3, 3),
+        mrope_section=(3, 3, 2),
     )
 
 
@@ -426,7 +426,7 @@ def bria_fibo_2() -> Built:
     inputs = dict(
         hidden_states=latents(6, *IMAGE),
         timestep=times(0.3, 0.7),
-        encoder_hidden_states=text(),
+        encoder_hidden_states=draw(BATCH, 2, TEXT, TEXT_WIDTH, seed=2),
         encoder_attention_mask=padding_mask(BATCH, TEXT),
     )
     return build(
@@ -653,7 +653,7 @@ def consis_id() -> Built:
         LFE_num_heads=2,
         LFE_num_id_token=1,
         LFE_num_querie=3,
-        LFE_output_dim=10,
+        LFE_output_dim=42,  # two thirds of the width
         LFE_ff_mult=1,
         LFE_num_scale=1,
     )
@@ -665,7 +665,6 @@ def cosmos() -> Built:
         timestep=times(0.3, 0.7),
         encoder_hidden_states=text(),
         fps=16,
-        padding_mask=torch.zeros(1, 1, 8, 12),
     )
     return build(
         "CosmosTransformer3DModel",
@@ -677,6 +676,7 @@ def cosmos() -> Built:
         num_layers=2,
         text_embed_dim=TEXT_WIDTH,
         adaln_lora_dim=8,
+        concat_padding_mask=False,  # which takes torchvision
         max_size=(4, 32, 32),
     )
 
@@ -785,7 +785,7 @@ def kandinsky_6() -> Built:
 
 
 def kandinsky_6_sr() -> Built:
-    inputs = dict(hidden_states=draw(1, 3, 8, 8, 5), timestep=torch.tensor([500.0]))
+    inputs = dict(hidden_states=draw(1, 3, 8, 8, 11), timestep=torch.tensor([500.0]))
     return build(
         "Kandinsky6SRTransformer3DModel",
         inputs,
@@ -831,6 +831,20 @@ def ltx_2() -> Built:
         fps=25.0,
     )
     return build("LTX2VideoTransformer3DModel", inputs, **_LTX2)
+
+
+def sana_wm_refiner() -> Built:
+    inputs = dict(
+        hidden_states=draw(BATCH, 3 * 4 * 6, 10),
+        encoder_hidden_states=text(),
+        timestep=torch.linspace(100.0, 900.0, 72).expand(BATCH, 72),
+        encoder_attention_mask=padding_mask(BATCH, TEXT).float(),
+    )
+    model, inputs = build("SanaWMLTX2RefinerTransformer3DModel", inputs, **_LTX2)
+    inputs["video_rotary_emb"] = cast(Any, model).build_rotary_emb_for_absolute_positions(
+        batch_size=BATCH, frame_positions=[0, 1, 2], height=4, width=6, device="cpu", fps=24.0
+    )
+    return model, inputs
 
 
 def minimax_h3() -> Built:
@@ -918,6 +932,21 @@ def sana_wm() -> Built:
 
 
 # Sound
+
+
+def minimax_music3_codes() -> Built:
+    """Predicts the codes of one moment, one after the other."""
+    model, inputs = build(
+        "MiniMaxMusic3RVQDepthDecoder",
+        dict(inputs_embeds=draw(BATCH, 9, WIDTH)),
+        hidden_size=WIDTH,
+        num_layers=2,
+        num_attention_heads=HEADS,
+        intermediate_size=104,
+        audio_vocab_size=20,
+    )
+    del inputs["return_dict"]
+    return model, inputs
 
 
 def ace_step() -> Built:
@@ -1009,12 +1038,10 @@ OTHER_FAMILIES: dict[str, Callable[[], Built]] = {
         *(joy_image_edit, joy_image_edit_plus, nucleus_moe, prx, qwen_image_21, bria_fibo_2, latte, allegro),
         *(skyreels_v2, chrono_edit, wan_vace, wan_animate, wan_animate_2, anyflow, anyflow_far, helios, consis_id),
         *(cosmos, cosmos_3, easy_animate, kandinsky_5, kandinsky_6, kandinsky_6_sr, ltx_2, minimax_h3, motif_video),
-        *(sana_wm, ace_step, stable_audio, longcat_audio, t5_film),
+        *(sana_wm, sana_wm_refiner, minimax_music3_codes, ace_step, stable_audio, longcat_audio, t5_film),
     )
 }
 
 NOT_BUILT: dict[str, str] = {
-    "MiniMaxMusic3RVQDepthDecoder": "predicts codes of one moment, token by token: no denoiser",
     "RFD4ProteinaTransformer": "denoises proteins, and takes some thirty features of each residue",
-    "SanaWMLTX2RefinerTransformer3DModel": "its blocks are LTX-2's",
 }
