@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
-from paracompile.patterns.numbers import FILLED, MADE, OF_NUMBERS, Numbers
+from paracompile.patterns.numbers import FILLED, IN_PLACE, MADE, OF_NUMBERS, Numbers
 
 __all__ = ["write_numbers"]
 
@@ -29,7 +29,7 @@ def write_numbers(
     gm: fx.GraphModule, example_inputs: Sequence[Any], numbers: Numbers
 ) -> tuple[fx.GraphModule, Sequence[Any]]:
     """Dynamo's graph with tensors in the place of the numbers that are kept, and its inputs; `gm` is not touched."""
-    if not numbers.inputs:
+    if not numbers.kept:
         return gm, example_inputs
     values = (node.meta.get("example_value") for node in gm.graph.nodes)
     fake_mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))  # the inputs have another
@@ -78,7 +78,7 @@ class _Writer:
         return self._cast(copy, torch.float64)
 
     def _of_tensors(self, node: fx.Node) -> fx.Node:
-        """A tensor that is made of numbers, or of tensors and numbers."""
+        """What makes a tensor of numbers, or of tensors and numbers, or writes them to one."""
         expected = node.meta.get("example_value")
         if node.target in MADE:
             assert isinstance(expected, torch.Tensor)
@@ -89,8 +89,9 @@ class _Writer:
         if node.target in FILLED:
             return self._filled(node, FILLED[node.target])
         made = self.graph.node_copy(node, self.copies.__getitem__)
-        if not isinstance(expected, torch.Tensor):
+        if node.target in IN_PLACE:
             return made
+        assert isinstance(expected, torch.Tensor)
         found = self._value(made)
         if found.dtype == expected.dtype:
             return made

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
-__all__ = ["FILLED", "MADE", "OF_NUMBERS", "Numbers", "find_numbers"]
+__all__ = ["FILLED", "IN_PLACE", "MADE", "OF_NUMBERS", "Numbers", "find_numbers"]
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
 _SYMBOLIC_FUNCTIONS = ("sqrt", "sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan", "log2")
@@ -37,18 +37,26 @@ FILLED: Mapping[Any, int] = {torch.full: 1, torch.full_like: 1, "new_full": 2}
 """What makes a tensor of a shape that is full of a number, and the place of the number."""
 
 _ARITHMETIC = (*_BINARY, "div", "eq", "ne", "lt", "le", "gt", "ge")
-_IN_PLACE = ("add", "sub", "mul", "truediv", "div", "pow")
+_WRITING = ("add", "sub", "mul", "truediv", "div", "pow")
+
+IN_PLACE: Mapping[Any, int] = {
+    **{getattr(operator, f"i{name}"): 1 for name in _WRITING if hasattr(operator, f"i{name}")},
+    **{f"{name}_": 1 for name in _WRITING if hasattr(torch.Tensor, f"{name}_")},
+    "fill_": 1,
+    "masked_fill_": 2,
+    operator.setitem: 2,
+}
+"""What writes to its first operand, and the place of a number that it takes."""
+
 _BY_PLACE: Mapping[Any, tuple[int, ...]] = {
     **{getattr(operator, name): (0, 1) for name in _ARITHMETIC if hasattr(operator, name)},
-    **{getattr(operator, f"i{name}"): (1,) for name in _IN_PLACE if hasattr(operator, f"i{name}")},
     **{getattr(torch, name): (0, 1) for name in _ARITHMETIC if hasattr(torch, name)},
     **{name: (1,) for name in _ARITHMETIC if hasattr(torch.Tensor, name)},
-    **{f"{name}_": (1,) for name in _IN_PLACE if hasattr(torch.Tensor, f"{name}_")},
     torch.where: (1, 2),
-    **dict.fromkeys(("where", "masked_fill", "masked_fill_", operator.setitem), (2,)),
-    "fill_": (1,),
+    "where": (2,),
+    "masked_fill": (2,),
     **dict.fromkeys(MADE, (0,)),
-    **{target: (place,) for target, place in FILLED.items()},
+    **{target: (place,) for target, place in {**FILLED, **IN_PLACE}.items()},
 }
 """By function or method, the places in which a tensor () is as good as a number."""
 
@@ -59,9 +67,9 @@ class Numbers:
 
     attributes:
         kept: the nodes that stand for numbers which are only calculated with.
-        inputs: the places of the graph inputs that these come from.
-        ints: those of them that are ints.
-        constants: the symbols of all other numbers.
+        inputs: the places of all graph inputs that are numbers.
+        ints: the places of kept ones that are ints.
+        constants: the symbols of those that are not kept.
     """
 
     kept: frozenset[fx.Node]
@@ -86,12 +94,10 @@ def find_numbers(graph: fx.Graph) -> Numbers:
     needed = [sources[node] for node in sources if not all(_calculates(user, node) for user in node.users)]
     constant = frozenset[fx.Node]().union(*needed)
     kept = frozenset(node for node in sources if sources[node] - constant)
-    origins = {_origin(node): node for node in kept if _comes_in(node)}
-    places = {index: origins[node] for index, node in enumerate(placeholders) if node in origins}
     return Numbers(
         kept=kept,
-        inputs=frozenset(places),
-        ints=frozenset(index for index, node in places.items() if node.op == "placeholder"),
+        inputs=frozenset(place for place, node in enumerate(placeholders) if _is_number(node)),
+        ints=frozenset(place for place, node in enumerate(placeholders) if node in kept),
         constants=frozenset().union(*(free_symbols(node.meta["example_value"]) for node in constant)),
     )
 
@@ -100,17 +106,15 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("example_value"), torch.Tensor)
 
 
+def _is_number(placeholder: fx.Node) -> bool:
+    is_float = getattr(placeholder.meta.get("grapharg"), "pass_arg_as_tensor", False)
+    return is_float or isinstance(placeholder.meta["example_value"], torch.SymInt)
+
+
 def _comes_in(node: fx.Node) -> bool:
-    return node.op == "placeholder" or (
-        node.op == "call_method"
-        and node.target == "item"
-        and getattr(_origin(node).meta.get("grapharg"), "pass_arg_as_tensor", False)
-    )
-
-
-def _origin(node: fx.Node) -> fx.Node:
-    """The graph input that a number comes in by."""
-    return node if node.op == "placeholder" else node.all_input_nodes[0]
+    """Whether a number is a graph input, or the `item()` of one."""
+    asked = node.op == "call_method" and node.target == "item"
+    return node.op == "placeholder" or (asked and _is_number(node.all_input_nodes[0]))
 
 
 def _calculates(user: fx.Node, number: fx.Node) -> bool:

@@ -528,9 +528,7 @@ def wan_vace() -> Built:
     inputs = _wan_inputs(
         control_hidden_states=draw(BATCH, 7, *VIDEO, seed=3), control_hidden_states_scale=torch.tensor([0.7])
     )
-    return build(
-        "WanVACETransformer3DModel", inputs, **_WAN, rope_max_seq_len=32, vace_layers=[0], vace_in_channels=7
-    )
+    return build("WanVACETransformer3DModel", inputs, **_WAN, rope_max_seq_len=32, vace_layers=[0], vace_in_channels=7)
 
 
 def wan_animate() -> Built:
@@ -1024,7 +1022,15 @@ def t5_film() -> Built:
         decoder_noise_time=times(0.3, 0.7),
     )
     model, inputs = build(
-        "T5FilmDecoder", inputs, input_dims=10, targets_length=TOKENS, d_model=WIDTH, num_layers=2, num_heads=4, d_kv=16, d_ff=104
+        "T5FilmDecoder",
+        inputs,
+        input_dims=10,
+        targets_length=TOKENS,
+        d_model=WIDTH,
+        num_layers=2,
+        num_heads=HEADS,
+        d_kv=SIZE,
+        d_ff=104,
     )
     del inputs["return_dict"]
     return model, inputs

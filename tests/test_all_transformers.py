@@ -1,7 +1,7 @@
 """Every transformer of diffusers on 2 and 4 ranks: equal to one rank, or refused by an error that names a remedy.
 
-`-s` prints a line for each: in how many graphs it runs, how many of them are sharded, and which part of the products
-the first of two and of four ranks computes.
+`-rP` shows for each in how many graphs it runs, how many of them are sharded, and which part of its products the first
+rank computes at most.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,12 +21,13 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from all_ranks import of_all_ranks
+from diffusers import ModelMixin
 from families import ALL_FAMILIES
 from lockstep import run_lockstep
 from more_families import MORE_FAMILIES
 from other_families import NOT_BUILT, OTHER_FAMILIES
 from pieces import PIECES
-from small_models import close
+from small_models import close, mesh_name
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -106,36 +108,39 @@ def has_attention(gm: fx.GraphModule) -> bool:
     )
 
 
+def outcome(name: str, mesh: dict[str, int]) -> str:
+    """Calls the model of this name on a mesh, and says what became of it."""
+    model, inputs = BUILDERS[name]()
+    with torch.no_grad():
+        expected = model(**inputs)
+    model, inputs = BUILDERS[name]()  # some keep what they saw
+    try:
+        found, run = on_ranks(model, inputs, mesh)
+    except ParacompileError as error:
+        message = str(error)
+        assert REMEDY.search(message)
+        return "refused: " + " ".join(message.split())
+    close(found, expected, TOLERANCE)
+    return str(run)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_rank_gives_what_one_gives(name: str) -> None:
-    told = []
     for mesh in MESHES:
-        model, inputs = BUILDERS[name]()
-        with torch.no_grad():
-            expected = model(**inputs)
-        model, inputs = BUILDERS[name]()
-        try:
-            found, run = on_ranks(model, inputs, mesh)
-        except ParacompileError as error:
-            assert REMEDY.search(str(error))
-            told.append("refused: " + " ".join(str(error).split())[:300])
-        else:
-            close(found, expected, TOLERANCE)
-            told.append(str(run))
-    print(f"{type(model).__name__}: " + "; ".join(told))  # noqa: T201
+        sys.stdout.write(f"{name} on {mesh_name(mesh)}: {outcome(name, mesh)}\n")
 
 
 def test_no_transformer_is_left_out() -> None:
     import diffusers.models.transformers as package
 
-    modules = [importlib.import_module(f"{package.__name__}.{each.name}") for each in pkgutil.iter_modules(package.__path__)]
-    classes = {
-        name
-        for module in modules
-        for name, value in vars(module).items()
-        if inspect.isclass(value) and issubclass(value, package.modeling_utils.ModelMixin) and value.__module__ == module.__name__
-    }
+    classes = set()
+    for found in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{found.name}")
+        own = [
+            value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__
+        ]
+        classes |= {value.__name__ for value in own if issubclass(value, ModelMixin)}
     built = {type(build()[0]).__name__ for build in BUILDERS.values()}
     assert built | NOT_BUILT.keys() == classes
     assert not built & NOT_BUILT.keys()

@@ -115,8 +115,10 @@ def _skips_like_one_rank(model: nn.Module, inputs: Sequence[Any], recipe: Recipe
     sides: list[Ranks] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        for mesh in ({"ulysses": 1}, dict(recipe.mesh)):
-            sides.append(Ranks(of_all_ranks(gm, example_inputs, mesh, cache=CachePasses()), mesh))
+        sides[:] = [
+            Ranks(of_all_ranks(gm, example_inputs, mesh, cache=CachePasses()), mesh)
+            for mesh in ({"ulysses": 1}, dict(recipe.mesh))
+        ]
         one, many = sides
         assert bool(one.records) == bool(many.records)
         return run if one.records else gm.forward
