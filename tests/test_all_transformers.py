@@ -31,13 +31,16 @@ from small_models import close, mesh_name
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
+from paracompile.captured import Captured
 from paracompile.errors import ParacompileError
 from paracompile.mesh import Ranks
-from paracompile.patterns.numbers import find_numbers
 from paracompile.report.report import report_of
 
 MESHES: tuple[dict[str, int], ...] = ({"ulysses": 2}, {"ring": 2, "ulysses": 2})
 TOLERANCE = 2e-5
+COARSE = {"sana_wm": 2.0**-8}
+"""Of models that attend in bfloat16, whatever type they have."""
+
 REMEDY = re.compile(r"\b(give|call|pass|use|compile|leave|remove|set|shard|see)\b", re.IGNORECASE)
 
 BUILDERS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
@@ -65,7 +68,7 @@ class Run:
 
 
 def on_ranks(model: nn.Module, inputs: dict[str, Any], mesh: dict[str, int]) -> tuple[Any, Run]:
-    """Calls a model whose graphs all ranks of a mesh run in lockstep; one without attention runs as it is.
+    """Calls a model whose graphs all ranks of a mesh run in lockstep; a piece without attention runs as it is.
 
     All ranks must return the same of each graph; what the last one returns goes on.
     """
@@ -73,9 +76,10 @@ def on_ranks(model: nn.Module, inputs: dict[str, Any], mesh: dict[str, int]) -> 
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         run.graphs += 1
-        if not has_attention(gm):
+        captured = Captured(gm, example_inputs)
+        if captured.why_a_piece is not None and not captured.has_attention():
             return gm.forward
-        ints = find_numbers(gm.graph).ints
+        ints = captured.numbers.ints
         made = of_all_ranks(gm, example_inputs, mesh)
         report = report_of(made.found[0], Ranks.simulated(**mesh), made.graphs[0])
         run.shares.append(report.flops_rank / report.flops_whole)
@@ -99,28 +103,19 @@ def on_ranks(model: nn.Module, inputs: dict[str, Any], mesh: dict[str, int]) -> 
             raise error.inner_exception from None
 
 
-def has_attention(gm: fx.GraphModule) -> bool:
-    return any(
-        node.target is torch.nn.functional.scaled_dot_product_attention
-        for part in gm.modules()
-        if isinstance(part, fx.GraphModule)
-        for node in part.graph.nodes
-    )
-
-
 def outcome(name: str, mesh: dict[str, int]) -> str:
     """Calls the model of this name on a mesh, and says what became of it."""
     model, inputs = BUILDERS[name]()
     with torch.no_grad():
         expected = model(**inputs)
-    model, inputs = BUILDERS[name]()  # some keep what they saw
+    _, inputs = BUILDERS[name]()  # some keep what they saw
     try:
         found, run = on_ranks(model, inputs, mesh)
     except ParacompileError as error:
         message = str(error)
         assert REMEDY.search(message)
         return "refused: " + " ".join(message.split())
-    close(found, expected, TOLERANCE)
+    close(found, expected, COARSE.get(name, TOLERANCE))
     return str(run)
 
 
