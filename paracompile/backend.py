@@ -11,7 +11,10 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import fx, nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from paracompile.artifacts import Compiled, note_compiled
 from paracompile.calling import as_called, as_called_by_all, verified
@@ -91,7 +94,7 @@ def paracompile(
         facts["plan"] = "\n".join([*map(describe, found.plans.values()), str(found.skipped)])
     with agreement.stage("compile"):
         program, compilation = compile_regions(local, chosen, {} if ranks.is_single else inductor_settings())
-        compiled = verified(program, captured) if chosen.verify else program
+        compiled = verified(program, captured, found.ints) if chosen.verify else program
     make_room()
     if chosen.caches and found.cache is None and found.why_a_piece is None:
         warnings.warn(NO_BLOCKS, stacklevel=2)
@@ -116,7 +119,7 @@ def _whole(captured: Captured, options: Options, why_a_piece: str | None = None)
     """A graph of which nothing is changed."""
     compiled = compile_whole(captured.gm, captured.example_inputs, options, {})
     if options.verify:
-        compiled = verified(compiled, captured)
+        compiled = verified(compiled, captured, ints=frozenset())
     if options.report is not None:
         options.report(Report(ranks=1, why_a_piece=why_a_piece))
     return compiled
@@ -153,6 +156,7 @@ def _rewritten(
     def after(name: str, graph: fx.GraphModule) -> None:
         if name == "normalise":
             found.seen_again = seen_again(graph.graph)
+            found.ints = captured.numbers.ints
         if name == "normalise" and lengths is None:  # graphs of shards differ in their sizes
             facts["graph"] = comparable(graph.print_readable(print_output=False, include_stride=True))
         if name == "schedule" and options.report is not None:  # the last graph that is all ATen
@@ -168,7 +172,10 @@ def _rewritten(
         cache=_cache_passes(options) if options.caches else None,
         regions=options.regions,
     )
-    local = run_passes(captured.gm, captured.example_inputs, passes, after=after)
+    # In Dynamo's own mode Inductor looks for the symbols of all numbers in each region, and makes constants of them.
+    own = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with tracing(TracingContext(own)):
+        local = run_passes(captured.gm, captured.example_inputs, passes, after=after)
     return local, reports[-1] if reports else None
 
 

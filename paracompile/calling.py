@@ -1,13 +1,14 @@
 """The calling convention of a compiled graph: what is done with the arguments before it runs, and what is added.
 
 the graph's inputs, as Dynamo passes them
+-> ints that may change as tensors, as Dynamo passes floats
 -> agreed on by the ranks (`runtime.inputs`)
 -> with a cache: the control, the record and the stored values behind them (`runtime.cached_call`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,12 +59,16 @@ def as_called(
         of_piece=of_piece,
         in_place=found.seen_again,
     )
+
+    def prepare(args: Sequence[Any]) -> list[Any]:
+        return agree([torch.tensor(value) if place in found.ints else value for place, value in enumerate(args)])
+
     cache = found.cache
     if cache is None:
-        return handing_on(run, agree, agree.indices) if of_piece else lambda *args: run(*agree(args))
+        return handing_on(run, prepare, agree.indices) if of_piece else lambda *args: run(*prepare(args))
     return CachedCall(
         run,
-        prepare=agree,
+        prepare=prepare,
         like=_state_like(cache),
         threshold=threshold,
         plan=plan,
@@ -99,14 +104,22 @@ def as_called_by_all(
     )
 
 
-def verified(run: Callable[..., Any], captured: Captured) -> VerifiedCall:
-    """The compiled graph, compared with the captured one at its first call."""
+def verified(run: Callable[..., Any], captured: Captured, ints: frozenset[int]) -> VerifiedCall:
+    """The compiled graph, compared with the captured one at its first call.
+
+    args:
+        ints: the places of ints that the compiled graph takes as tensors.
+    """
+
+    def original(*args: Any) -> Any:
+        return captured.gm(*(value.item() if place in ints else value for place, value in enumerate(args)))
+
     (output,) = captured.gm.graph.find_nodes(op="output")
     values = [node.meta.get("example_value") for node in captured.gm.graph.nodes]
     dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor) and value.dtype.is_floating_point}
     return VerifiedCall(
         run,
-        original=captured.gm,
+        original=original,
         inputs=[repr(node.name) for node in captured.placeholders],
         outputs=[
             f"{number} ({source_line(value) or value.name})" if isinstance(value, fx.Node) else str(number)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from traceback import FrameSummary
 from types import FrameType
 from typing import Any, cast
@@ -24,11 +25,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from paracompile.errors import GraphError, ParacompileError
 from paracompile.layout.graph import is_static
 from paracompile.patterns.blocks import find_blocks
+from paracompile.patterns.numbers import Numbers, find_numbers
 
 __all__ = ["Captured"]
 
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass(frozen=True)
@@ -102,21 +103,24 @@ class Captured:
                     "use a version of torch that paracompile was tested with, and report this",
                 )
 
+    @cached_property
+    def numbers(self) -> Numbers:
+        """Python's numbers among the inputs that may change from call to call."""
+        return find_numbers(self.gm.graph)
+
     def may_be_constant(self) -> bool:
-        """Whether the passes, which take sizes and numbers for constants and know no gradients, may have the graph.
+        """Whether the passes, which take sizes for constants and know no gradients, may have the graph.
 
         Sizes that Dynamo made symbols of because a second one was met may become numbers again: another size is
         compiled in regions sooner than one graph for all sizes in one piece. Symbols in the first compile were asked
-        for (`dynamic=True`); a number that is no size may change at each step.
+        for (`dynamic=True`); a number that is no size may change at each step, and some can only be constants.
         """
-        if self.wants_gradients():
+        if self.wants_gradients() or self.numbers.constants:
             return False
         values = [node.meta.get("example_value") for node in self.placeholders]
-        sizes = set().union(*(free_symbols(value) for value in values if isinstance(value, torch.Tensor)))
-        numbers = set().union(*(free_symbols(value) for value in values if isinstance(value, _SYMBOLS)))
         identity = CompileContext.current_compile_id()
         asked_for = identity is None or identity.frame_compile_id == 0
-        return not (sizes | numbers) if asked_for else numbers <= sizes
+        return not (asked_for and any(free_symbols(value) for value in values if isinstance(value, torch.Tensor)))
 
     # What it is of
 

@@ -46,7 +46,8 @@ def compile_regions(gm: fx.GraphModule, options: Options, defaults: Mapping[str,
         for region in bar:
             hits = counters["inductor"]["fxgraph_cache_hit"]
             examples = examples_of(region)
-            fake_mode = detect_fake_mode(examples)
+            with tracing(None):  # else Dynamo's mode is taken for that of the examples
+                fake_mode = detect_fake_mode(examples)
             with tracing(TracingContext(fake_mode)):  # each is a graph of its own to AOTAutograd
                 compiled[region] = _boxed(compile_whole(region, examples, options, defaults))
             from_cache += counters["inductor"]["fxgraph_cache_hit"] > hits

@@ -71,6 +71,7 @@ class Found:
         skipped: what may be skipped (`mark_blocks`); None without a cache, or where no blocks are.
         masks_dropped: how many attentions got along without their mask (`drop_masked_keys`).
         seen_again: the places of inputs that whoever passes them sees again: written to, or handed back.
+        ints: the places of Python's ints that the graph takes as tensors (`normalise`).
         cache: what the graph takes and gives for it (`first_block_cache`).
     """
 
@@ -80,4 +81,5 @@ class Found:
     together: int = 0
     masks_dropped: int = 0
     seen_again: frozenset[int] = frozenset()
+    ints: frozenset[int] = frozenset()
     cache: CacheLayout | None = None

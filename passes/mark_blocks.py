@@ -244,9 +244,15 @@ def _modulation(stream: Stream) -> fx.Node:
 
 
 def _times(graph: fx.Graph) -> tuple[int, ...]:
-    """One number a row, or what a model calls by its name: some take a time for each token."""
-    inputs = _call_inputs(graph)
-    return tuple(index for index, node in inputs if node.meta["val"].dim() <= 1 or "timestep" in node.name)
+    """One number a row, or what a model calls by its name: some take a time for each token.
+
+    Of Python's numbers only what is called so: a scale tells nothing of where in a generation a call is.
+    """
+    return tuple(
+        index
+        for index, node in _call_inputs(graph)
+        if "timestep" in node.name or (node.meta["val"].dim() <= 1 and not node.meta["number"])
+    )
 
 
 def _sample(graph: fx.Graph, stream: Stream, times: tuple[int, ...]) -> int | None:

@@ -11,7 +11,7 @@ before dispatch keeps `linear`, `layer_norm` and attention as single nodes. Ever
 table of rules covers functions, methods, keywords and operators alike.
 
 - Sizes become numbers: `int(symint)` specialises with a guard that Dynamo honours, so that another resolution
-  recompiles.
+  recompiles. Numbers that are only calculated with become tensors () instead (`numbers`).
 - A tensor subclass among the inputs (a weight quantised by torchao) is traced as a plain tensor of the same outer
   shape, and `aten.linear` stays one node; `subclasses` spells it so that the real one is asked when it runs.
 - What autocast casts inside of attention is cast before it.
@@ -41,10 +41,12 @@ from torch.fx.traceback import preserve_node_meta
 
 from paracompile.errors import GraphError
 from paracompile.passes.equal_blocks import STAND_IN, fold_equal_blocks, unfold
+from paracompile.passes.numbers import write_numbers
 from paracompile.passes.strides import spell_strides
 from paracompile.passes.vmap import write_vmaps
 from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import ENTER_AUTOCAST, EXIT_AUTOCAST
+from paracompile.patterns.numbers import Numbers, find_numbers
 
 aten = torch.ops.aten
 
@@ -64,10 +66,12 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
     Of equal blocks one is traced (`equal_blocks`).
     """
     fake_mode = detect_fake_mode(example_inputs) or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    numbers = find_numbers(gm.graph)
+    plain, example_inputs = write_numbers(gm, example_inputs, numbers)
     with fake_mode, _plain_inference():
-        mapped = write_vmaps(gm, _stand_in)
+        mapped = write_vmaps(plain, _stand_in)
     traced = _trace_folded(mapped, example_inputs, fake_mode) or _trace(mapped, example_inputs, fake_mode)[0]
-    _restore_inputs(gm, traced)
+    _restore_inputs(gm, traced, numbers)
     for node in list(traced.graph.nodes):
         _respell(node)
     _place_numbers(traced)
@@ -326,8 +330,8 @@ def _unwrap(value: FunctionalTensor) -> torch.Tensor:
     return torch._from_functional_tensor(value.elem)
 
 
-def _restore_inputs(original: fx.GraphModule, traced: fx.GraphModule) -> None:
-    """Gives the traced placeholders Dynamo's names, sources and tensor metadata."""
+def _restore_inputs(original: fx.GraphModule, traced: fx.GraphModule, numbers: Numbers) -> None:
+    """Gives the traced placeholders Dynamo's names, sources and tensor metadata; which are numbers is noted."""
     traced.__class__.__name__ = original.__class__.__name__  # make_fx writes "<lambda>", no name in a readable graph
     traced.meta.update(original.meta)
     if hasattr(original, "_param_name_to_source"):
@@ -337,7 +341,8 @@ def _restore_inputs(original: fx.GraphModule, traced: fx.GraphModule) -> None:
         traced._param_name_to_source = {**sources, **constants}  # type: ignore[assignment]
     before = original.graph.find_nodes(op="placeholder")
     after = traced.graph.find_nodes(op="placeholder")
-    for old, new in zip(before, after, strict=True):
+    for place, (old, new) in enumerate(zip(before, after, strict=True)):
+        new.meta["number"] = place in numbers.inputs
         kept = {key: old.meta[key] for key in ("tensor_dict", "stack_trace") if key in old.meta}
         new.meta.update(kept)
         new._dynamo_source = getattr(old, "_dynamo_source", None)

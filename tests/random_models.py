@@ -119,6 +119,7 @@ class Recipe:
         convolution: over the tokens of the image, before the blocks.
         shared_batch: which inputs have one row for all of the batch.
         together: queries, keys and values in one exchange.
+        skips: run with a first block cache, too.
     """
 
     mesh: Mapping[str, int]
@@ -141,6 +142,7 @@ class Recipe:
     shared_batch: tuple[str, ...]
     output: str
     together: bool = False
+    skips: bool = False
 
     @property
     def image(self) -> int:
@@ -166,6 +168,7 @@ def recipes(choose: st.DrawFn) -> Recipe:
     size = choose(st.sampled_from([4, 6, 8]))
     usual = st.sampled_from([5, 3, 7, 2, 4, 6, 1])
     streams = choose(st.sampled_from(["image", "joint", "separate", "cross"]))
+    depth = choose(st.integers(1, 2))
     return Recipe(
         mesh=choose(st.sampled_from(MESHES)),
         batch=choose(st.sampled_from([2, 3, 4, 2, 3, 4, 1])),
@@ -174,7 +177,7 @@ def recipes(choose: st.DrawFn) -> Recipe:
         heads=heads,
         head_size=size,
         key_heads=choose(st.sampled_from([number for number in range(1, heads + 1) if heads % number == 0])),
-        depth=choose(st.integers(1, 2)),
+        depth=depth,
         streams=streams,
         text_first=choose(st.booleans()),
         refiner=choose(st.booleans()),
@@ -187,6 +190,7 @@ def recipes(choose: st.DrawFn) -> Recipe:
         shared_batch=tuple(choose(st.lists(st.sampled_from(["text", "time", "mask"]), max_size=2, unique=True))),
         output=choose(st.sampled_from(["tokens", "picture", "both", "pooled", "named", "slice"])),
         together=choose(st.booleans()),
+        skips=depth > 1 and choose(st.booleans()),
     )
 
 

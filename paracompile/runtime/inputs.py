@@ -88,17 +88,18 @@ class InputAgreement:
             return self._broadcast(args, own, group) if self.mode == "broadcast" else self._check(args, own, group)
 
     def _broadcast(self, args: list[Any], own: Sequence[int], group: ProcessGroup) -> list[Any]:
-        """One buffer of bytes, and one broadcast, for each device that the group sends from.
+        """One buffer of bytes, and one broadcast, for each device that inputs are on.
 
         Bytes, not one buffer a dtype: pipelines pass latents, ids, timesteps and masks in three or four dtypes, and the
-        time of such small messages is the starts of the collectives.
+        time of such small messages is the starts of the collectives. What is sent from another device (numbers, over
+        nccl) is copied there and back as one buffer, too.
         """
         places: dict[torch.device, list[int]] = {}
         for index in own:
             if isinstance(args[index], Tensor):
                 self._plain(index, args[index])
                 if args[index].numel():
-                    places.setdefault(_transport(args[index].device, group), []).append(index)
+                    places.setdefault(args[index].device, []).append(index)
         # Every rank must send in one order; the order of first appearance follows from the arguments' places.
         for device, indices in places.items():
             starts, length = [], 0
@@ -111,8 +112,11 @@ class InputAgreement:
             if am_source:
                 for slot, index in zip(slots, indices, strict=True):
                     slot.copy_(args[index])
-            dist.broadcast(buffer, src=self.source, group=group)
+            sent = buffer.to(_transport(device, group))
+            dist.broadcast(sent, src=self.source, group=group)
             if not am_source:
+                if sent is not buffer:
+                    buffer.copy_(sent)
                 for slot, index in zip(slots, indices, strict=True):
                     if index in self.in_place:
                         _overwrite(args[index], slot)
@@ -233,7 +237,7 @@ def _in_form_of(own: Tensor, received: Tensor) -> Tensor:
     A compiled graph relies on the strides it was traced with. Expanded dimensions (stride 0) stay expanded.
     """
     if own.is_contiguous():
-        return received if received.device == own.device else received.to(own.device)
+        return received
     base = _unexpanded(own, own)
     copy = torch.empty_strided(base.size(), base.stride(), dtype=own.dtype, device=own.device)
     return copy.copy_(_unexpanded(received, own)).expand(own.size())

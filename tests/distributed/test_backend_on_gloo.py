@@ -347,3 +347,29 @@ def test_more_sizes_than_dynamo_compiles_by_itself(two_ranks: Pool) -> None:
             assert_equal(output, right)
         assert graphs == 3
         assert warned == []
+
+
+# Numbers that change
+
+
+class SmallScaled(Small):
+    def forward(self, x: Tensor, scale: float = 1.0, count: int = 2) -> Tensor:  # type: ignore[override]
+        return super().forward(x * scale) + count / 7
+
+
+def with_numbers_of_its_own(rank: int) -> list[tuple[Tensor, Tensor]]:
+    model = randomise(SmallScaled())
+    call = compiled(model)
+    pairs = []
+    for number in range(4):
+        scale, count = 0.5 + number / 10, 3 + number
+        differ = rank if number > 1 else 0  # as long as numbers are constants, ranks must have the same
+        with torch.no_grad():
+            pairs.append((call(tokens(), scale + differ, count + differ), model(tokens(), scale, count)))
+    return pairs
+
+
+def test_the_first_rank_s_numbers_count(two_ranks: Pool) -> None:
+    for pairs in two_ranks.run(with_numbers_of_its_own):
+        for found, expected in pairs:
+            assert_equal(found, expected)

@@ -133,3 +133,32 @@ def test_lora_layers_are_sharded_too(two_ranks: Pool) -> None:
         assert deviation(plain, expected) > 1000
         assert_equal(output, expected)
         assert [report.collectives for report in reports] == [{"all_to_all_single": 8, "all_gather_into_tensor": 1}]
+
+
+def with_lora_scales(rank: int, options: dict[str, Any]) -> list[tuple[list[Tensor], list[Tensor], int]]:
+    from peft import LoraConfig
+
+    model, inputs = FAMILIES["flux"].build()
+    model.add_adapter(LoraConfig(r=5, lora_alpha=10, target_modules=["to_q", "proj_mlp"]))
+    randomise(model)
+    reports: list[Report] = []
+    compiled = torch.compile(
+        model, backend="paracompile", options={"compiler": "eager", "timeout": 60, "report": reports.append, **options}
+    )
+    results = []
+    for scale in (1.0, 0.5, 0.6, 0.7, 0.8, 0.9):
+        with torch.no_grad():
+            found, expected = (
+                list(called(**inputs, joint_attention_kwargs={"scale": scale})) for called in (compiled, model)
+            )
+        results.append((found, expected, len(reports)))
+    return results
+
+
+@pytest.mark.parametrize("options", [{}, {"rdt": 1e-9}], ids=str)
+def test_a_lora_scale_that_changes_compiles_nothing_anew(options: dict[str, Any], two_ranks: Pool) -> None:
+    for results in two_ranks.run(with_lora_scales, options):
+        for found, expected, _ in results:
+            assert_equal(found[0], expected[0])
+        compiles = [count for _, _, count in results]
+        assert compiles[2:] == compiles[2:3] * 4  # the scales of the layers become numbers as well, as they are scaled

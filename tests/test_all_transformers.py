@@ -1,0 +1,141 @@
+"""Every transformer of diffusers on 2 and 4 ranks: equal to one rank, or refused by an error that names a remedy.
+
+`-rP` shows for each in how many graphs it runs, how many of them are sharded, and which part of its products the first
+rank computes at most.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from all_ranks import of_all_ranks
+from diffusers import ModelMixin
+from families import ALL_FAMILIES
+from lockstep import run_lockstep
+from more_families import MORE_FAMILIES
+from other_families import NOT_BUILT, OTHER_FAMILIES
+from pieces import PIECES
+from small_models import close, mesh_name
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from paracompile.captured import Captured
+from paracompile.errors import ParacompileError
+from paracompile.mesh import Ranks
+from paracompile.report.report import report_of
+
+MESHES: tuple[dict[str, int], ...] = ({"ulysses": 2}, {"ring": 2, "ulysses": 2})
+TOLERANCE = 2e-5
+COARSE = {"sana_wm": 2.0**-8}
+"""Of models that attend in bfloat16, whatever type they have."""
+
+REMEDY = re.compile(r"\b(give|call|pass|use|compile|leave|remove|set|shard|see)\b", re.IGNORECASE)
+
+BUILDERS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
+    **{name: family.build for name, family in ALL_FAMILIES.items()},
+    **{name: family.build for name, family in MORE_FAMILIES.items() if "-at-front" not in name},
+    **{name: partial(builder, 2) for name, builder in PIECES.items()},
+    **OTHER_FAMILIES,
+}
+
+
+@dataclass
+class Run:
+    """What became of a model on one mesh.
+
+    attributes:
+        graphs: how many graphs Dynamo made of it.
+        shares: of each that is sharded, which part of its products the first rank computes.
+    """
+
+    graphs: int = 0
+    shares: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{len(self.shares)} of {self.graphs} sharded, {max(self.shares, default=1):.2f}"
+
+
+def on_ranks(model: nn.Module, inputs: dict[str, Any], mesh: dict[str, int]) -> tuple[Any, Run]:
+    """Calls a model whose graphs all ranks of a mesh run in lockstep; a piece without attention runs as it is.
+
+    All ranks must return the same of each graph; what the last one returns goes on.
+    """
+    run = Run()
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        run.graphs += 1
+        captured = Captured(gm, example_inputs)
+        if captured.why_a_piece is not None and not captured.has_attention():
+            return gm.forward
+        ints = captured.numbers.ints
+        made = of_all_ranks(gm, example_inputs, mesh)
+        report = report_of(made.found[0], Ranks.simulated(**mesh), made.graphs[0])
+        run.shares.append(report.flops_rank / report.flops_whole)
+
+        def call(*args: Any) -> Any:
+            given = [torch.tensor(value) if place in ints else value for place, value in enumerate(args)]
+            copies = [pytree.tree_map_only(Tensor, Tensor.clone, given) for _ in range(1, prod(mesh.values()))]
+            first, *others = run_lockstep(made.graphs, [given, *copies], mesh)
+            for other in others:
+                close(other, first, 0.0)
+            return first
+
+        return call
+
+    torch._dynamo.reset()
+    limits = {"recompile_limit": 64, "accumulated_recompile_limit": 256}
+    with torch.no_grad(), torch._dynamo.config.patch(**limits):
+        try:
+            return torch.compile(model, backend=backend)(**inputs), run
+        except BackendCompilerFailed as error:
+            raise error.inner_exception from None
+
+
+def outcome(name: str, mesh: dict[str, int]) -> str:
+    """Calls the model of this name on a mesh, and says what became of it."""
+    model, inputs = BUILDERS[name]()
+    with torch.no_grad():
+        expected = model(**inputs)
+    _, inputs = BUILDERS[name]()  # some keep what they saw
+    try:
+        found, run = on_ranks(model, inputs, mesh)
+    except ParacompileError as error:
+        message = str(error)
+        assert REMEDY.search(message)
+        return "refused: " + " ".join(message.split())
+    close(found, expected, COARSE.get(name, TOLERANCE))
+    return str(run)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_rank_gives_what_one_gives(name: str) -> None:
+    for mesh in MESHES:
+        sys.stdout.write(f"{name} on {mesh_name(mesh)}: {outcome(name, mesh)}\n")
+
+
+def test_no_transformer_is_left_out() -> None:
+    import diffusers.models.transformers as package
+
+    classes = set()
+    for found in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{found.name}")
+        own = [
+            value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__
+        ]
+        classes |= {value.__name__ for value in own if issubclass(value, ModelMixin)}
+    built = {type(build()[0]).__name__ for build in BUILDERS.values()}
+    assert built | NOT_BUILT.keys() == classes
+    assert not built & NOT_BUILT.keys()
