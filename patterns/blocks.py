@@ -103,8 +103,16 @@ def residual_source(value: fx.Node, inside: Callable[[fx.Node], bool]) -> fx.Nod
     None where there is no such value of the same shape and type. Of several, such as the stream and what a ControlNet
     adds to it, the stream is the one that most was done for.
     """
-    found = [node for node in _sources(value, inside) if _alike(node, value)]
-    return max(found, key=_effort, default=None) if len(found) > 1 else next(iter(found), None)
+    return _most_done_for(_residual_sources(value, inside))
+
+
+def _residual_sources(value: fx.Node, inside: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """The values outside that `value` is the sum of, beside what was added inside."""
+    return [node for node in _sources(value, inside) if _alike(node, value)]
+
+
+def _most_done_for(values: Sequence[fx.Node]) -> fx.Node | None:
+    return max(values, key=_effort) if len(values) > 1 else next(iter(values), None)
 
 
 @dataclass(frozen=True)
@@ -182,11 +190,14 @@ def _run_to(value: fx.Node, owner: dict[fx.Node, Block], part: Window) -> Stream
     entries: list[fx.Node] = []
     exits: list[fx.Node] = []
     current: fx.Node | None = value
+    added_again: set[fx.Node] = set()
     while current is not None:
         block = owner[current]
-        source = residual_source(current, lambda node, block=block: owner.get(node) is block)  # type: ignore[misc]
+        sources = _residual_sources(current, lambda node, block=block: owner.get(node) is block)  # type: ignore[misc]
+        source = _of_stream(sources, owner, added_again)
         if source is None:
             break
+        added_again.update(sources)
         blocks.append(block)
         entries.append(source)
         exits.append(current)
@@ -196,6 +207,18 @@ def _run_to(value: fx.Node, owner: dict[fx.Node, Block], part: Window) -> Stream
     if not blocks:
         return None
     return Stream(tuple(blocks[::-1]), tuple(entries[::-1]), tuple(exits[::-1]))
+
+
+def _of_stream(sources: Sequence[fx.Node], owner: dict[fx.Node, Block], added_again: set[fx.Node]) -> fx.Node | None:
+    """Of the values that a block adds to, the stream: it comes out of a block before.
+
+    That of the first block comes out of none, as what each block adds anew (an embedding of positions), but no block
+    behind it adds it again.
+    """
+    if len(sources) > 1:
+        from_blocks = [node for node in sources if _exit_before(node, owner, None)[0] is not None]
+        sources = from_blocks or [node for node in sources if node not in added_again] or sources
+    return _most_done_for(sources)
 
 
 Window = tuple[int, int, int] | None

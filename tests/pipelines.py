@@ -441,14 +441,18 @@ def cosmos(**config: Any) -> nn.Module:
                 "adaln_lora_dim": 8,
                 "max_size": (4, 16, 16),
                 "encoder_hidden_states_channels": 28,
+                "concat_padding_mask": False,  # it is resized by torchvision
                 **config,
             }
         )
     )
 
 
-class NoChecks(nn.Module):
+class NoChecks:
     """Stands for the checker of texts and pictures that Cosmos asks for."""
+
+    def to(self, device: str | torch.device) -> NoChecks:
+        return self
 
     def check_text_safety(self, prompt: str) -> bool:
         return True
@@ -563,7 +567,7 @@ def hunyuan_dit() -> DiffusionPipeline:
         num_layers=6,
         mlp_ratio=2.0,
         cross_attention_dim=28,
-        cross_attention_dim_t5=20,
+        cross_attention_dim_t5=24,
         pooled_projection_dim=36,
         text_len=TEXT,
         text_len_t5=TEXT,
@@ -582,6 +586,12 @@ def bria() -> DiffusionPipeline:
     return pipeline("BriaPipeline", transformer=transformer, vae=vae())
 
 
+def hidream_image() -> DiffusionPipeline:
+    made = pipeline("HiDreamImagePipeline", transformer=hidream()[0])
+    made.default_sample_size = 8
+    return made
+
+
 MORE = {
     "CosmosTextToWorldPipeline": Entry(
         lambda: pipeline(
@@ -595,7 +605,7 @@ MORE = {
         TWO_CALLS,
     ),
     "Cosmos2TextToImagePipeline": Entry(
-        lambda: pipeline("Cosmos2TextToImagePipeline", transformer=cosmos(), safety_checker=NoChecks()),
+        lambda: pipeline("Cosmos2TextToImagePipeline", transformer=cosmos(), scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), safety_checker=NoChecks()),
         guided(prompt_embeds=(1, TEXT, 28)),
         IN,
         TWO_CALLS,
@@ -632,14 +642,14 @@ MORE = {
     ),
     "HunyuanDiTPipeline": Entry(
         hunyuan_dit,
-        guided(prompt_embeds=(1, TEXT, 28), prompt_embeds_2=(1, TEXT, 20)),
+        guided(prompt_embeds=(1, TEXT, 28), prompt_embeds_2=(1, TEXT, 24)),
         {**IN, **MASKS, **{f"{name}_2": mask for name, mask in MASKS.items()}, "use_resolution_binning": False},
     ),
     "BriaPipeline": Entry(bria, guided(prompt_embeds=(1, TEXT, 28)), IN),
     "SanaVideoPipeline": Entry(
         lambda: pipeline("SanaVideoPipeline", transformer=sana_video()[0]),
         guided(prompt_embeds=(1, TEXT, 28)),
-        {**IN, **MASKS, "frames": 9, "use_resolution_binning": False, "negative_prompt": None},
+        {"height": 64, "width": 64, **MASKS, "frames": 9, "use_resolution_binning": False, "negative_prompt": None},
     ),
     "ZImagePipeline": Entry(
         lambda: pipeline("ZImagePipeline", transformer=z_image()[0]),
@@ -648,6 +658,7 @@ MORE = {
             "negative_prompt_embeds": [draw(7, 20, seed=seed + 50)],
         },
         IN,
+        of_transformer("call 1", hits=LEARNS),  # of two images one is the sample, the other changes at each step
     ),
     "Lumina2Pipeline": Entry(
         lambda: pipeline("Lumina2Pipeline", transformer=changed(lumina2()[0], in_channels=5)),
@@ -657,9 +668,9 @@ MORE = {
         fullgraph=False,
     ),
     "HiDreamImagePipeline": Entry(
-        lambda: pipeline("HiDreamImagePipeline", transformer=hidream()[0]),
+        lambda: hidream_image(),
         guided(prompt_embeds_t5=(1, 9, 20), prompt_embeds_llama3=(2, 1, 7, 28), pooled_prompt_embeds=(1, 36)),
-        IN,
+        {"height": 64, "width": 64},
         {"transformer": {}},
         fullgraph=False,
     ),
