@@ -273,6 +273,33 @@ def test_a_stream_that_changes_its_type_and_back() -> None:
     assert {node.meta["val"].dtype for node in (*stream.entries, *stream.exits)} == {torch.bfloat16}
 
 
+class Placed(Block):
+    """Adds the places of the tokens to them first."""
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x + places)
+
+
+def test_what_each_block_adds_again_is_not_the_stream() -> None:
+    """Although more was done for it."""
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        places = self.places.weight.sin().tanh().exp().softmax(1).expand_as(x).clone()
+        for block in self.blocks:
+            x = block(x, places)
+        return x
+
+    model = Of(run, blocks=pairs(Placed), places=nn.Embedding(IMAGE, WIDTH))
+    of = capture(randomise(model), {"x": image_tokens(WIDTH)})
+    gm = in_aten(of)
+    stream = find_stream(gm.graph)
+    assert paths(stream) == named("blocks", 3)
+    assert stream is not None
+    assert stream.entries[1:] == stream.exits[:-1]
+    (start,) = values_of(gm, of.arguments, stream.entries[:1])
+    assert torch.equal(start, of.inputs["x"])
+
+
 class Doubles(nn.Module):
     """Blocks of two streams, then blocks of both as one, then the image is taken out again."""
 
