@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from families import cogvideox, flux, hunyuan_video, ltx_video, mochi, qwen_image, stable_diffusion_3, wan
 from more_families import auraflow, chroma, flux2, krea2, sana, sana_video
-from pieces import hidream, hunyuan_video_15, lumina2, z_image
+from pieces import hidream, lumina2, z_image
 from random_tensors import draw, randomise
 from torch import Tensor, nn
 
@@ -43,6 +43,7 @@ class Entry:
         call: its other arguments.
         slots: of each component that is compiled, the hits of each slot.
         fullgraph: whether the components are compiled as one graph each.
+        never: why nothing is ever skipped, in words of the warning that tells so.
     """
 
     build: Callable[[], DiffusionPipeline]
@@ -50,6 +51,7 @@ class Entry:
     call: Mapping[str, Any] = field(default_factory=dict)
     slots: Mapping[str, Mapping[str, Hits]] = field(default_factory=lambda: {"transformer": {"call 1": SKIPS}})
     fullgraph: bool = True
+    never: str | None = None
 
 
 def of_transformer(*slots: str, hits: Hits = SKIPS) -> dict[str, dict[str, Hits]]:
@@ -60,6 +62,8 @@ PASSES = of_transformer("cond", "uncond")
 """Where the pipeline names its passes."""
 TWO_CALLS = of_transformer("call 1", "call 2")
 """Where it does not."""
+NOTHING: dict[str, dict[str, Hits]] = {"transformer": {}}
+"""Where nothing is ever skipped."""
 
 
 # Parts
@@ -181,12 +185,8 @@ FLUX = {
         TWO_CALLS,
     ),
     # latents, those of the masked picture, and the mask of each pixel
-    "FluxFillPipeline": Entry(
-        flux_of("FluxFillPipeline", 20 + 20 + 4 * 64), embeds(**FLUX_PROMPT), {**IN, **MASKED}
-    ),
-    "FluxControlPipeline": Entry(
-        flux_of("FluxControlPipeline", 40), embeds(**FLUX_PROMPT), {**IN, **CONTROL}
-    ),
+    "FluxFillPipeline": Entry(flux_of("FluxFillPipeline", 20 + 20 + 4 * 64), embeds(**FLUX_PROMPT), {**IN, **MASKED}),
+    "FluxControlPipeline": Entry(flux_of("FluxControlPipeline", 40), embeds(**FLUX_PROMPT), {**IN, **CONTROL}),
     "FluxControlNetPipeline": Entry(
         flux_of("FluxControlNetPipeline", controlnet=flux_controlnet),
         guided(**FLUX_PROMPT),
@@ -305,7 +305,7 @@ QWEN = {
     "Krea2Pipeline": Entry(
         lambda: pipeline("Krea2Pipeline", transformer=krea2()[0]),
         guided(prompt_embeds=(1, TEXT, 3, 28)),
-        {**IN, **TEXT_MASKS},
+        {**IN, **TEXT_MASKS, "guidance_scale": 2.0},  # more would make more of rounding
         TWO_CALLS,
     ),
 }
@@ -586,10 +586,69 @@ def bria() -> DiffusionPipeline:
     return pipeline("BriaPipeline", transformer=transformer, vae=vae())
 
 
+def z_image_prompt(seed: int) -> dict[str, list[Tensor]]:
+    return {"prompt_embeds": [draw(10, 20, seed=seed)], "negative_prompt_embeds": [draw(7, 20, seed=seed + 50)]}
+
+
 def hidream_image() -> DiffusionPipeline:
     made = pipeline("HiDreamImagePipeline", transformer=hidream()[0])
     made.default_sample_size = 8
     return made
+
+
+def skyreels() -> DiffusionPipeline:
+    transformer = like(diffusers.SkyReelsV2Transformer3DModel, wan()[0])
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return pipeline("SkyReelsV2Pipeline", transformer=transformer, scheduler=scheduler)
+
+
+def hunyuan_image() -> DiffusionPipeline:
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=5,
+        out_channels=5,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=28,
+        text_embed_2_dim=20,
+        rope_axes_dim=(8, 8),
+    )
+    return pipeline(
+        "HunyuanImagePipeline",
+        transformer=randomise(transformer),
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=2.0),
+    )
+
+
+def prx() -> DiffusionPipeline:
+    transformer = diffusers.PRXTransformer2DModel(
+        in_channels=5, context_in_dim=28, hidden_size=64, mlp_ratio=2.0, num_heads=4, depth=3, axes_dim=[8, 8]
+    )
+    return pipeline("PRXPipeline", transformer=randomise(transformer))
+
+
+def easyanimate() -> DiffusionPipeline:
+    transformer = diffusers.EasyAnimateTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=16,
+        in_channels=5,
+        out_channels=5,
+        patch_size=2,
+        sample_width=WIDTH // 8,
+        sample_height=HEIGHT // 8,
+        num_layers=3,
+        mmdit_layers=3,
+        time_embed_dim=24,
+        text_embed_dim=28,
+    )
+    autoencoder = diffusers.AutoencoderKLMagvit(
+        latent_channels=5, block_out_channels=[4] * 4, layers_per_block=1, norm_num_groups=2
+    )
+    return pipeline("EasyAnimatePipeline", transformer=randomise(transformer), vae=randomise(autoencoder))
 
 
 MORE = {
@@ -605,7 +664,12 @@ MORE = {
         TWO_CALLS,
     ),
     "Cosmos2TextToImagePipeline": Entry(
-        lambda: pipeline("Cosmos2TextToImagePipeline", transformer=cosmos(), scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), safety_checker=NoChecks()),
+        lambda: pipeline(
+            "Cosmos2TextToImagePipeline",
+            transformer=cosmos(),
+            scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+            safety_checker=NoChecks(),
+        ),
         guided(prompt_embeds=(1, TEXT, 28)),
         IN,
         TWO_CALLS,
@@ -635,7 +699,11 @@ MORE = {
     "CogView4Pipeline": Entry(cogview4, guided(prompt_embeds=(1, TEXT, 28)), IN, PASSES),
     "DiTPipeline": Entry(dit, lambda seed: {"class_labels": [seed]}, {"output_type": "pt"}),
     "LattePipeline": Entry(
-        latte, guided(prompt_embeds=(1, TEXT, 28)), {**IN, "video_length": 2, "negative_prompt": None}
+        latte,
+        guided(prompt_embeds=(1, TEXT, 28)),
+        {**IN, "video_length": 2, "negative_prompt": None},
+        NOTHING,
+        never="no repeated blocks on a residual stream",  # its lists alternate: tokens and frames change places between
     ),
     "AllegroPipeline": Entry(
         allegro, guided(prompt_embeds=(1, TEXT, 28)), {**VIDEO, **MASKS, "num_frames": 8, "negative_prompt": None}
@@ -644,6 +712,8 @@ MORE = {
         hunyuan_dit,
         guided(prompt_embeds=(1, TEXT, 28), prompt_embeds_2=(1, TEXT, 24)),
         {**IN, **MASKS, **{f"{name}_2": mask for name, mask in MASKS.items()}, "use_resolution_binning": False},
+        NOTHING,
+        never="no repeated blocks on a residual stream",  # its last half begins with a projection of two streams
     ),
     "BriaPipeline": Entry(bria, guided(prompt_embeds=(1, TEXT, 28)), IN),
     "SanaVideoPipeline": Entry(
@@ -653,10 +723,7 @@ MORE = {
     ),
     "ZImagePipeline": Entry(
         lambda: pipeline("ZImagePipeline", transformer=z_image()[0]),
-        lambda seed: {
-            "prompt_embeds": [draw(10, 20, seed=seed)],
-            "negative_prompt_embeds": [draw(7, 20, seed=seed + 50)],
-        },
+        z_image_prompt,
         IN,
         of_transformer("call 1", hits=LEARNS),  # of two images one is the sample, the other changes at each step
     ),
@@ -664,15 +731,57 @@ MORE = {
         lambda: pipeline("Lumina2Pipeline", transformer=changed(lumina2()[0], in_channels=5)),
         guided(prompt_embeds=(1, TEXT, 28)),
         {**IN, **MASKS},
-        TWO_CALLS,
+        of_transformer("call 1", "call 1 (1)", hits=LEARNS),  # prompts of two lengths are two graphs
         fullgraph=False,
+    ),
+    "OvisImagePipeline": Entry(
+        lambda: pipeline(
+            "OvisImagePipeline", transformer=like(diffusers.OvisImageTransformer2DModel, flux()[0], out_channels=20)
+        ),
+        guided(prompt_embeds=(1, TEXT, 28)),
+        {**IN, "negative_prompt": None},
+        PASSES,
+    ),
+    "SkyReelsV2Pipeline": Entry(skyreels, guided(prompt_embeds=(1, TEXT, 28)), VIDEO, PASSES),
+    "HunyuanImagePipeline": Entry(
+        hunyuan_image,
+        guided(prompt_embeds=(1, TEXT, 28), prompt_embeds_2=(1, 7, 20)),
+        {
+            "height": 6 * 32,
+            "width": 8 * 32,
+            **TEXT_MASKS,
+            "prompt_embeds_mask_2": torch.ones(1, 7, dtype=torch.bool),
+            "negative_prompt_embeds_mask_2": torch.ones(1, 7, dtype=torch.bool),
+        },
+        NOTHING,
+        fullgraph=False,
+        never="only a piece of its model",  # it asks whether any text is there, and reads masks row by row
+    ),
+    "PRXPipeline": Entry(
+        prx,
+        guided(prompt_embeds=(1, TEXT, 28)),
+        {**IN, **MASKS, "use_resolution_binning": False, "negative_prompt": None},
+    ),
+    "EasyAnimatePipeline": Entry(easyanimate, guided(prompt_embeds=(1, TEXT, 28)), {**VIDEO, **MASKS}),
+    "ChromaImg2ImgPipeline": Entry(
+        lambda: pipeline("ChromaImg2ImgPipeline", transformer=chroma()[0], vae=vae()),
+        guided(prompt_embeds=(1, TEXT, 28)),
+        {**IN, **MASKS, **WITH_STRENGTH},
+        TWO_CALLS,
+    ),
+    "ZImageImg2ImgPipeline": Entry(
+        lambda: pipeline("ZImageImg2ImgPipeline", transformer=z_image()[0], vae=vae(6)),
+        z_image_prompt,
+        {**IN, **WITH_STRENGTH},
+        of_transformer("call 1", hits=LEARNS),
     ),
     "HiDreamImagePipeline": Entry(
         lambda: hidream_image(),
         guided(prompt_embeds_t5=(1, 9, 20), prompt_embeds_llama3=(2, 1, 7, 28), pooled_prompt_embeds=(1, 36)),
         {"height": 64, "width": 64},
-        {"transformer": {}},
+        NOTHING,
         fullgraph=False,
+        never="only a piece of its model",  # its mixture of experts reads which tokens go where, in each block
     ),
 }
 
