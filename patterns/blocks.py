@@ -84,12 +84,27 @@ def find_blocks(graph: fx.Graph) -> list[Block]:
 
 
 def find_stream(graph: fx.Graph) -> Stream | None:
-    """The residual stream through the longest run of blocks; None where no two blocks follow each other on one."""
+    """The residual stream through the longest run of blocks; None where no two blocks follow each other on one.
+
+    Where none reaches the output, because the last blocks begin with a projection of the stream and an earlier one, it
+    is that of the blocks before, if they are more than half of all.
+    """
     blocks = find_blocks(graph)
     owner = {node: block for block in blocks for node in block.nodes}
+    to_output = _longest_run(blocks, owner, lambda user, last: user not in owner)
+    if to_output is not None:
+        return to_output
+    run = _longest_run(blocks, owner, lambda user, last: owner.get(user) is not last)
+    return run if run is not None and 2 * len(run.blocks) > len(blocks) else None
+
+
+def _longest_run(
+    blocks: Sequence[Block], owner: dict[fx.Node, Block], ends: Callable[[fx.Node, Block], bool]
+) -> Stream | None:
+    """The longest run of which the last value has a reader that `ends` says is behind it."""
     runs = []
     for last in blocks:
-        exits = [node for node in last.nodes if is_tensor(node) and any(user not in owner for user in node.users)]
+        exits = [node for node in last.nodes if is_tensor(node) and any(ends(user, last) for user in node.users)]
         traced = [stream for node in exits if (stream := _run_to(node, owner, _part_read(node, owner))) is not None]
         if traced:
             runs.append(max(traced, key=lambda stream: (len(stream.blocks), _size(stream.exits[-1]))))

@@ -15,7 +15,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from families import cogvideox, flux, hunyuan_video, ltx_video, mochi, qwen_image, stable_diffusion_3, wan
-from more_families import auraflow, chroma, flux2, krea2, sana, sana_video
+from more_families import auraflow, chroma, flux2, hunyuan_dit, krea2, sana, sana_video
 from pieces import hidream, lumina2, z_image
 from random_tensors import draw, randomise
 from torch import Tensor, nn
@@ -556,31 +556,6 @@ def allegro() -> DiffusionPipeline:
     return pipeline("AllegroPipeline", transformer=randomise(transformer), scheduler=scheduler)
 
 
-def hunyuan_dit() -> DiffusionPipeline:
-    transformer = diffusers.HunyuanDiT2DModel(
-        num_attention_heads=4,
-        attention_head_dim=16,
-        in_channels=5,
-        patch_size=2,
-        sample_size=8,
-        hidden_size=64,
-        num_layers=6,
-        mlp_ratio=2.0,
-        cross_attention_dim=28,
-        cross_attention_dim_t5=24,
-        pooled_projection_dim=36,
-        text_len=TEXT,
-        text_len_t5=TEXT,
-        use_style_cond_and_image_meta_size=False,
-    )
-    return pipeline(
-        "HunyuanDiTPipeline",
-        transformer=randomise(transformer),
-        scheduler=diffusers.DDPMScheduler(),
-        requires_safety_checker=False,
-    )
-
-
 def bria() -> DiffusionPipeline:
     transformer = like(diffusers.BriaTransformer2DModel, flux()[0], pooled_projection_dim=None, guidance_embeds=False)
     return pipeline("BriaPipeline", transformer=transformer, vae=vae())
@@ -709,11 +684,14 @@ MORE = {
         allegro, guided(prompt_embeds=(1, TEXT, 28)), {**VIDEO, **MASKS, "num_frames": 8, "negative_prompt": None}
     ),
     "HunyuanDiTPipeline": Entry(
-        hunyuan_dit,
+        lambda: pipeline(
+            "HunyuanDiTPipeline",
+            transformer=changed(hunyuan_dit(text=TEXT)[0], learn_sigma=True, sample_size=8, text_len_t5=TEXT),
+            scheduler=diffusers.DDPMScheduler(),
+            requires_safety_checker=False,
+        ),
         guided(prompt_embeds=(1, TEXT, 28), prompt_embeds_2=(1, TEXT, 24)),
         {**IN, **MASKS, **{f"{name}_2": mask for name, mask in MASKS.items()}, "use_resolution_binning": False},
-        NOTHING,
-        never="no repeated blocks on a residual stream",  # its last half begins with a projection of two streams
     ),
     "BriaPipeline": Entry(bria, guided(prompt_embeds=(1, TEXT, 28)), IN),
     "SanaVideoPipeline": Entry(

@@ -300,6 +300,35 @@ def test_what_each_block_adds_again_is_not_the_stream() -> None:
     assert torch.equal(start, of.inputs["x"])
 
 
+class Rejoined(nn.Module):
+    """A block that begins with a projection of the stream and an earlier one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.block = nn.Linear(2 * WIDTH, WIDTH), Block()
+
+    def forward(self, x: Tensor, earlier: Tensor) -> Tensor:
+        return self.block(self.project(torch.cat([x, earlier], -1)))
+
+
+@pytest.mark.parametrize("rejoined, of_the_stream", [(1, 3), (2, 3), (3, 0)])
+def test_the_stream_before_blocks_that_project_it(rejoined: int, of_the_stream: int) -> None:
+    """It is one if more than half of all blocks are on it."""
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        left = []
+        for block in self.blocks[:3]:
+            x = block(x)
+            left.append(x)
+        for block in self.blocks[3:]:
+            x = block(x, left.pop())
+        return x
+
+    blocks = nn.ModuleList([*pairs(Block), *pairs(Rejoined, rejoined)])
+    graph = graph_of(Of(run, blocks=blocks), x=image_tokens(WIDTH))
+    assert paths(find_stream(graph)) == named("blocks", of_the_stream)
+
+
 class Doubles(nn.Module):
     """Blocks of two streams, then blocks of both as one, then the image is taken out again."""
 
