@@ -84,12 +84,27 @@ def find_blocks(graph: fx.Graph) -> list[Block]:
 
 
 def find_stream(graph: fx.Graph) -> Stream | None:
-    """The residual stream through the longest run of blocks; None where no two blocks follow each other on one."""
+    """The residual stream through the longest run of blocks; None where no two blocks follow each other on one.
+
+    Where none reaches the output, because the last blocks begin with a projection of the stream and an earlier one, it
+    is that of the blocks before, if they are more than half of all.
+    """
     blocks = find_blocks(graph)
     owner = {node: block for block in blocks for node in block.nodes}
+    to_output = _longest_run(blocks, owner, lambda user, last: user not in owner)
+    if to_output is not None:
+        return to_output
+    run = _longest_run(blocks, owner, lambda user, last: owner.get(user) is not last)
+    return run if run is not None and 2 * len(run.blocks) > len(blocks) else None
+
+
+def _longest_run(
+    blocks: Sequence[Block], owner: dict[fx.Node, Block], ends: Callable[[fx.Node, Block], bool]
+) -> Stream | None:
+    """The longest run of which the last value has a reader that `ends` says is behind it."""
     runs = []
     for last in blocks:
-        exits = [node for node in last.nodes if is_tensor(node) and any(user not in owner for user in node.users)]
+        exits = [node for node in last.nodes if is_tensor(node) and any(ends(user, last) for user in node.users)]
         traced = [stream for node in exits if (stream := _run_to(node, owner, _part_read(node, owner))) is not None]
         if traced:
             runs.append(max(traced, key=lambda stream: (len(stream.blocks), _size(stream.exits[-1]))))
@@ -103,8 +118,16 @@ def residual_source(value: fx.Node, inside: Callable[[fx.Node], bool]) -> fx.Nod
     None where there is no such value of the same shape and type. Of several, such as the stream and what a ControlNet
     adds to it, the stream is the one that most was done for.
     """
-    found = [node for node in _sources(value, inside) if _alike(node, value)]
-    return max(found, key=_effort, default=None) if len(found) > 1 else next(iter(found), None)
+    return _most_done_for(_residual_sources(value, inside))
+
+
+def _residual_sources(value: fx.Node, inside: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """The values outside that `value` is the sum of, beside what was added inside."""
+    return [node for node in _sources(value, inside) if _alike(node, value)]
+
+
+def _most_done_for(values: Sequence[fx.Node]) -> fx.Node | None:
+    return max(values, key=_effort) if len(values) > 1 else next(iter(values), None)
 
 
 @dataclass(frozen=True)
@@ -182,11 +205,14 @@ def _run_to(value: fx.Node, owner: dict[fx.Node, Block], part: Window) -> Stream
     entries: list[fx.Node] = []
     exits: list[fx.Node] = []
     current: fx.Node | None = value
+    added_again: set[fx.Node] = set()
     while current is not None:
         block = owner[current]
-        source = residual_source(current, lambda node, block=block: owner.get(node) is block)  # type: ignore[misc]
+        sources = _residual_sources(current, lambda node, block=block: owner.get(node) is block)  # type: ignore[misc]
+        source = _of_stream(sources, owner, added_again)
         if source is None:
             break
+        added_again.update(sources)
         blocks.append(block)
         entries.append(source)
         exits.append(current)
@@ -196,6 +222,18 @@ def _run_to(value: fx.Node, owner: dict[fx.Node, Block], part: Window) -> Stream
     if not blocks:
         return None
     return Stream(tuple(blocks[::-1]), tuple(entries[::-1]), tuple(exits[::-1]))
+
+
+def _of_stream(sources: Sequence[fx.Node], owner: dict[fx.Node, Block], added_again: set[fx.Node]) -> fx.Node | None:
+    """Of the values that a block adds to, the stream: it comes out of a block before.
+
+    That of the first block comes out of none, as what each block adds anew (an embedding of positions), but no block
+    behind it adds it again.
+    """
+    if len(sources) > 1:
+        from_blocks = [node for node in sources if _exit_before(node, owner, None)[0] is not None]
+        sources = from_blocks or [node for node in sources if node not in added_again] or sources
+    return _most_done_for(sources)
 
 
 Window = tuple[int, int, int] | None

@@ -27,12 +27,16 @@ class CachedFamily:
         lists: the lists of its blocks, in the order in which they are run.
         image: the place of the image's stream among what a block returns.
         first_blocks: blocks that are always computed and decide.
+        behind: blocks behind the stream, which no setting skips.
+        change: of the sample from step to step, by which a skipped step shows.
     """
 
     build: Callable[[], tuple[nn.Module, Inputs]]
     lists: tuple[str, ...] = ("transformer_blocks",)
     image: int = 0
     first_blocks: int = 1
+    behind: int = 0
+    change: float = 0.01
 
 
 def image_ids(rows: int, columns: int, axes: int = 3) -> torch.Tensor:
@@ -270,6 +274,41 @@ def sana_video(batch: int = 2, size: tuple[int, int, int] = (3, 8, 12), text: in
     return randomise(model), inputs
 
 
+def hunyuan_dit(batch: int = 2, size: tuple[int, int] = (12, 16), text: int = 20) -> tuple[nn.Module, Inputs]:
+    """The last blocks begin with a projection of the stream and what left one of the first."""
+    from diffusers import HunyuanDiT2DModel
+
+    model = HunyuanDiT2DModel(
+        num_attention_heads=4,
+        attention_head_dim=16,
+        in_channels=5,
+        patch_size=2,
+        sample_size=16,
+        hidden_size=64,
+        num_layers=6,
+        mlp_ratio=2.0,
+        learn_sigma=False,
+        cross_attention_dim=28,
+        cross_attention_dim_t5=24,
+        pooled_projection_dim=36,
+        text_len=text,
+        text_len_t5=11,
+        use_style_cond_and_image_meta_size=False,
+    )
+    angles = draw(size[0] * size[1] // 4, 8, seed=4).repeat_interleave(2, dim=1)
+    inputs = dict(
+        hidden_states=draw(batch, 5, *size),
+        timestep=torch.linspace(100.0, 900.0, batch),
+        encoder_hidden_states=draw(batch, text, 28, seed=2),
+        text_embedding_mask=torch.ones(batch, text),
+        encoder_hidden_states_t5=draw(batch, 11, 24, seed=3),
+        text_embedding_mask_t5=torch.ones(batch, 11),
+        image_rotary_emb=(angles.cos(), angles.sin()),
+        return_dict=False,
+    )
+    return randomise(model), inputs
+
+
 _DOUBLE_AND_SINGLE = ("transformer_blocks", "single_transformer_blocks")
 
 MORE_FAMILIES: dict[str, CachedFamily] = {
@@ -283,6 +322,7 @@ MORE_FAMILIES: dict[str, CachedFamily] = {
     "auraflow": CachedFamily(auraflow, ("joint_transformer_blocks", "single_transformer_blocks"), image=1),
     "chroma": CachedFamily(chroma, _DOUBLE_AND_SINGLE, image=1),
     "bria_fibo": CachedFamily(bria_fibo, _DOUBLE_AND_SINGLE, image=1),
+    "hunyuan_dit": CachedFamily(hunyuan_dit, ("blocks",), behind=2, change=1.0),
     "sana": CachedFamily(sana),
     "sana_video": CachedFamily(sana_video),
 }

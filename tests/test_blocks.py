@@ -273,6 +273,62 @@ def test_a_stream_that_changes_its_type_and_back() -> None:
     assert {node.meta["val"].dtype for node in (*stream.entries, *stream.exits)} == {torch.bfloat16}
 
 
+class Placed(Block):
+    """Adds the places of the tokens to them first."""
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x + places)
+
+
+def test_what_each_block_adds_again_is_not_the_stream() -> None:
+    """Although more was done for it."""
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        places = self.places.weight.sin().tanh().exp().softmax(1).expand_as(x).clone()
+        for block in self.blocks:
+            x = block(x, places)
+        return x
+
+    model = Of(run, blocks=pairs(Placed), places=nn.Embedding(IMAGE, WIDTH))
+    of = capture(randomise(model), {"x": image_tokens(WIDTH)})
+    gm = in_aten(of)
+    stream = find_stream(gm.graph)
+    assert paths(stream) == named("blocks", 3)
+    assert stream is not None
+    assert stream.entries[1:] == stream.exits[:-1]
+    (start,) = values_of(gm, of.arguments, stream.entries[:1])
+    assert torch.equal(start, of.inputs["x"])
+
+
+class Rejoined(nn.Module):
+    """A block that begins with a projection of the stream and an earlier one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.block = nn.Linear(2 * WIDTH, WIDTH), Block()
+
+    def forward(self, x: Tensor, earlier: Tensor) -> Tensor:
+        return self.block(self.project(torch.cat([x, earlier], -1)))
+
+
+@pytest.mark.parametrize("rejoined, of_the_stream", [(1, 3), (2, 3), (3, 0)])
+def test_the_stream_before_blocks_that_project_it(rejoined: int, of_the_stream: int) -> None:
+    """It is one if more than half of all blocks are on it."""
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        left = []
+        for block in self.blocks[:3]:
+            x = block(x)
+            left.append(x)
+        for block in self.blocks[3:]:
+            x = block(x, left.pop())
+        return x
+
+    blocks = nn.ModuleList([*pairs(Block), *pairs(Rejoined, rejoined)])
+    graph = graph_of(Of(run, blocks=blocks), x=image_tokens(WIDTH))
+    assert paths(find_stream(graph)) == named("blocks", of_the_stream)
+
+
 class Doubles(nn.Module):
     """Blocks of two streams, then blocks of both as one, then the image is taken out again."""
 

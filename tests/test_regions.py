@@ -22,7 +22,7 @@ from capture import Captured, capture, captured
 from families import ALL_FAMILIES, Inputs
 from lockstep import run_lockstep
 from random_tensors import draw, randomise
-from small_models import BATCH, WIDTH, Block, Denoiser, Transformer, image_tokens
+from small_models import BATCH, IMAGE, WIDTH, Block, Denoiser, Transformer, image_tokens
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.utils import fresh_cache
@@ -451,6 +451,22 @@ def test_sizes_on_one_rank() -> None:
             with torch.no_grad():
                 torch.testing.assert_close(compiled(**given)[0], model(**given)[0], rtol=1e-4, atol=1e-5)
         assert [compilation is not None for compilation in compilations] == [in_regions] * compiles
+
+
+def test_a_number_among_the_results_of_a_piece() -> None:
+    """Dynamo makes a symbol of it as soon as a second one is met, and the passes a number again."""
+
+    def lengthened(x: Tensor, extra: int) -> tuple[Tensor, int]:
+        length = x.shape[1] + extra
+        x = torch.cat([x, x.new_zeros(BATCH, length, x.shape[2])], 1)
+        torch._dynamo.graph_break()
+        return x.sum(1), length
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lengthened, backend="paracompile", options={"compiler": "eager", "rdt": 0.1})
+    with pytest.warns(UserWarning, match="only a piece"), torch.no_grad():
+        lengths = [compiled(image_tokens(), extra)[1] for extra in (3, 5, 7)]
+    assert lengths == [IMAGE + 3, IMAGE + 5, IMAGE + 7]
 
 
 @pytest.mark.slow

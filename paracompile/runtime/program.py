@@ -66,7 +66,9 @@ class Program:
                 reuse, compute = (Program(_region(gm, branch.target), compiled) for branch in branches)
                 self._add(node, _one_of(reuse, compute), (hit, *operands))
         (output,) = gm.graph.find_nodes(op="output")
-        self._outputs = [self._slots[value] if isinstance(value, fx.Node) else None for value in output.args[0]]
+        self._outputs = [
+            (self._slots[value], None) if isinstance(value, fx.Node) else (None, value) for value in output.args[0]
+        ]
 
     def _add(self, node: fx.Node, run: Boxed, arguments: Sequence[fx.Node]) -> None:
         given = tuple(self._slots[source] for source in arguments)
@@ -91,7 +93,7 @@ class Program:
             for place in call.gone:
                 slots[place] = None
             _keep(slots, call.made, call.run(given))
-        return tuple(None if place is None else slots[place] for place in self._outputs)
+        return tuple(number if place is None else slots[place] for place, number in self._outputs)
 
 
 def _keep(slots: list[Any], places: Sequence[int | None], results: Sequence[Any]) -> None:
