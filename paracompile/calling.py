@@ -137,4 +137,6 @@ def _state_like(cache: CacheLayout) -> StateLike:
 def _signs(cache: CacheLayout) -> CallSigns:
     """What stays the same through a generation is what is neither denoised nor a time; without both, nothing tells."""
     skipped = cache.skipped
-    return CallSigns(skipped.conditioning if skipped.sample is not None and skipped.times else ())
+    if skipped.sample is None or not skipped.times:
+        return CallSigns(())
+    return CallSigns(tuple(index for index in skipped.conditioning if index not in skipped.numbers))

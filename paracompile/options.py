@@ -35,7 +35,8 @@ class Options:
 
     mesh: DeviceMesh | None = None
     """Which ranks share the work: a mesh with any of the axes "batch", "ring", "ulysses" (see `paracompile.init_mesh`),
-    or one of a single dimension, whatever its name. None: all ranks of the world, or no sharding in a single process."""
+    or one of a single dimension, whatever its name. None: all ranks of the world, or no sharding in a single
+    process."""
 
     inputs: InputMode = "broadcast"
     """What ranks do about inputs that differ, at each call: "broadcast" sends the first rank's to all, "check" compares

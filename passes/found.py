@@ -21,6 +21,7 @@ class Skipped:
         sample: the place of the graph input that is denoised, among all inputs; None where it is not clear.
         times: the places of timesteps, and of inputs like them that hold one number a row or one at all: guidance.
         inputs: the places of all tensors that a call brings; what changes in the course of a generation comes last.
+        numbers: the places of those that are Python's numbers, and new tensors at each call.
     """
 
     blocks: tuple[str, ...]
@@ -28,6 +29,7 @@ class Skipped:
     sample: int | None
     times: tuple[int, ...]
     inputs: tuple[int, ...]
+    numbers: frozenset[int] = frozenset()
 
     @property
     def free(self) -> int:

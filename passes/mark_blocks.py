@@ -111,12 +111,23 @@ def mark_blocks(
         source = residual_source(node, _in_middle)
         if source is not None:
             _mark(source, f"enter {number}")
-    times = _times(gm.graph)
-    sample = _sample(gm.graph, stream, times)
-    free = (*times, *([] if sample is None else [sample]))
-    inputs = (*(index for index, _ in _call_inputs(gm.graph) if index not in free), *free)
-    found.skipped = Skipped(paths, paths[first_blocks:end], sample, times, inputs)
+    found.skipped = _skipped(gm.graph, stream, paths[first_blocks:end])
     return gm
+
+
+def _skipped(graph: fx.Graph, stream: Stream, middle: tuple[str, ...]) -> Skipped:
+    """What may be skipped, and what tells calls apart."""
+    brought, times = _call_inputs(graph), _times(graph)
+    sample = _sample(graph, stream, times)
+    changing = (*times, *([] if sample is None else [sample]))
+    return Skipped(
+        blocks=tuple(block.path for block in stream.blocks),
+        middle=middle,
+        sample=sample,
+        times=times,
+        inputs=(*(index for index, _ in brought if index not in changing), *changing),
+        numbers=frozenset(index for index, node in brought if node.meta["number"]),
+    )
 
 
 def _mark(node: fx.Node, role: str) -> None:

@@ -217,3 +217,24 @@ def test_a_time_may_be_a_number_and_a_scale_is_no_time(as_number: bool) -> None:
             compiled(image_tokens(), time if as_number else torch.full((BATCH, 1, 1), time), scale)
     hits = [step.hit for step in cache_stats(model).slots["only"]]
     assert hits == [False, True, True]  # of the last generation
+
+
+class Weighted(Denoiser):
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, timestep: Tensor, text: Tensor, scale: float, count: int
+    ) -> tuple[Tensor]:
+        (out,) = super().forward(hidden_states * scale + count, timestep)
+        return (out + text.mean(),)
+
+
+def test_numbers_do_not_tell_calls_apart_in_a_loop_of_one_s_own() -> None:
+    """They are new tensors at each call, once they were seen to change; the conditioning is the same."""
+    model = randomise(Weighted())
+    compiled = torch.compile(model, backend="paracompile", options={"compiler": "eager", "rdt": 1e9})
+    text = draw(BATCH, 5, 3)
+    for scale, count in ((0.5, 2), (0.6, 3), (0.7, 4)):
+        with torch.no_grad():
+            for step in range(4):
+                compiled(image_tokens(seed=step), torch.full((BATCH,), 0.9 - 0.1 * step), text, scale, count)
+        (steps,) = cache_stats(model).slots.values()
+        assert [each.hit for each in steps] == [False, False, True, True]
