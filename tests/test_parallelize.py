@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from denoising import ALWAYS
 from diffusers import DiffusionPipeline, FluxPipeline
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -123,6 +124,63 @@ def test_adapters_come_and_go_and_a_scale_that_changes_compiles_nothing() -> Non
     assert compiled[2] == compiled[3] == compiled[4]  # the first change of a scale shows that it changes
     assert compiled[6] == compiled[7]
     assert compiled[-1] <= 8
+
+
+def _saved_adapter(folder: Path, seed: int, rank: int) -> Path:
+    pipe = load()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v"])
+        pipe.transformer.add_adapter(config)
+    FluxPipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+    return folder
+
+
+def test_adapters_that_are_swapped_compile_nothing(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    folders = [_saved_adapter(tmp_path / str(seed), seed, rank) for seed, rank in ((1, 4), (2, 2))]
+    plain, pipe = load(), load()
+    for each in (plain, pipe):
+        each.enable_lora_hotswap(target_rank=8)
+        each.load_lora_weights(folders[0], adapter_name="one")
+    parallelize(pipe, rdt=ALWAYS, compiler="eager")
+    set_rdt(pipe.transformer, 0)
+    counters.clear()
+    pictures = []
+    for folder in (None, folders[1], folders[0]):
+        for each in (plain, pipe):
+            if folder is not None:
+                each.load_lora_weights(folder, adapter_name="one", hotswap=True)
+        pictures.append(latents(plain))
+        assert torch.allclose(latents(pipe), pictures[-1], rtol=1e-4, atol=1e-5)
+    assert (pictures[0] - pictures[1]).abs().max() > 0.1
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("offloaded_first", [True, False])
+def test_a_transformer_that_is_offloaded_as_a_whole_skips(offloaded_first: bool) -> None:
+    """What `enable_model_cpu_offload` does, to a device that is here."""
+    torch._dynamo.reset()
+    plain, pipe = latents(load()), load()
+    if not offloaded_first:
+        parallelize(pipe, rdt=ALWAYS, compiler="eager")
+    pipe.transformer, _ = cpu_offload_with_hook(pipe.transformer, "cpu")
+    if offloaded_first:
+        parallelize(pipe, rdt=ALWAYS, compiler="eager")
+    counters.clear()
+    latents(pipe)
+    assert cache_stats(pipe.transformer).hits == 3
+    assert counters["stats"]["unique_graphs"] == 1
+    set_rdt(pipe.transformer, 0)
+    assert torch.allclose(latents(pipe), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_transformer_that_is_offloaded_block_by_block_runs_in_pieces_and_says_so() -> None:
+    torch._dynamo.reset()
+    plain, pipe = latents(load()), parallelize(load(), rdt=ALWAYS, compiler="eager")
+    cpu_offload(pipe.transformer, "cpu")
+    with pytest.warns(UserWarning, match="enable_model_cpu_offload in the place of sequential"):
+        assert torch.allclose(latents(pipe), plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["int8", "configuration"])

@@ -135,7 +135,9 @@ def in_pieces(why_a_piece: str, *, ranks: Ranks, caches: bool) -> str:
         f"paracompile: a graph is only a piece of its model, {why_a_piece}."
         + shared * (not ranks.is_single)
         + skipped * caches
-        + " Nothing of this is lost where other arguments avoid the break; TORCH_LOGS=graph_breaks tells of every one."
+        + " Nothing of this is lost where other arguments avoid the break (enable_model_cpu_offload in the place of "
+        "sequential and group offload, quantised weights in that of layerwise casting); TORCH_LOGS=graph_breaks tells "
+        "of every one."
     )
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from denoising import ALWAYS
 from pool import Pool, PoolError
-from test_parallelize import latents, load
+from test_parallelize import latents, load, with_adapters
 from torch import Tensor
 
 import paracompile
@@ -75,3 +76,19 @@ def test_ranks_with_other_generators_are_told_so() -> None:
     with pytest.raises(PoolError, match="ranks differ in 'generators'"):
         pool.run(other_generators)
     pool.close()
+
+
+def adapters(rank: int) -> list[float]:
+    """How far each picture is from the plain one; the cache is on, and skips nothing."""
+    torch._dynamo.reset()
+    pipe = paracompile.parallelize(load(), rdt=ALWAYS, compiler="eager")
+    paracompile.set_rdt(pipe.transformer, 0)
+    pairs = zip(with_adapters(pipe), with_adapters(load()), strict=True)
+    return [float((found - plain).abs().max() / plain.abs().max()) for found, plain in pairs]
+
+
+@pytest.mark.full
+def test_adapters_come_and_go_on_two_ranks(two_ranks: Pool) -> None:
+    for differences in two_ranks.run(adapters):
+        assert len(differences) == 11
+        assert max(differences) < 1e-5
