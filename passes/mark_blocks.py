@@ -34,7 +34,7 @@ from paracompile.layout.graph import is_static, is_tensor
 from paracompile.passes.found import Found, Skipped
 from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import AUTOCAST_EDGES
-from paracompile.patterns.blocks import Joined, Stream, find_stream, joined_sources, residual_source
+from paracompile.patterns.blocks import Joined, Stream, brought_back, find_stream, joined_sources, residual_source
 
 __all__ = ["WATCHED", "Part", "mark_blocks", "part_of", "roles_of"]
 
@@ -140,6 +140,7 @@ def _parts(graph: fx.Graph, stream: Stream, first: int, end: int) -> dict[fx.Nod
     for index, block in enumerate(stream.blocks):
         part: Part = "front" if index < first else "middle" if index < end else "back"
         of_block.update(dict.fromkeys(block.nodes, part))
+    of_block.update(dict.fromkeys(brought_back(stream, first, end), "middle"))
     feeds_middle: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if any(of_block.get(user) == "middle" or user in feeds_middle for user in node.users):

@@ -30,6 +30,7 @@ from paracompile.patterns.autocast import ENTER_AUTOCAST, EXIT_AUTOCAST
 aten = torch.ops.aten
 
 _KEEPS = {aten.clone.default, aten._to_copy.default, aten.clamp.default, aten.nan_to_num.default, aten.alias.default}
+_REARRANGES = {aten.reshape.default, aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim}
 _CUTS = {aten.split.Tensor, aten.split_with_sizes.default}
 
 
@@ -128,6 +129,23 @@ def _residual_sources(value: fx.Node, inside: Callable[[fx.Node], bool]) -> list
 
 def _most_done_for(values: Sequence[fx.Node]) -> fx.Node | None:
     return max(values, key=_effort) if len(values) > 1 else next(iter(values), None)
+
+
+def brought_back(stream: Stream, first: int, end: int) -> list[fx.Node]:
+    """The nodes behind blocks `first` to `end - 1` that bring the stream into the order in which it entered them.
+
+    There are such where lists of blocks take turns, on the tokens of each frame and on the frames of each token; none
+    where it leaves as it entered, or is not brought back by views alone.
+    """
+    found: list[fx.Node] = []
+    value = stream.exits[end - 1]
+    while not _alike(value, stream.entries[first]):
+        readers = list(value.users)
+        if len(readers) != 1 or readers[0].target not in _REARRANGES | _KEEPS:
+            return []
+        value = readers[0]
+        found.append(value)
+    return found
 
 
 @dataclass(frozen=True)
@@ -297,6 +315,8 @@ def _steps(node: fx.Node, window: Window) -> list[tuple[fx.Node, Window]]:
     same = [(source, window) for source in operands if _shape(source) == _shape(node)]
     if node.target in _KEEPS or (node.target is aten.reshape.default and same):
         return same
+    if node.target in _REARRANGES:
+        return [(arguments["self"], None)] if window is None else []
     if node.target is aten.add.Tensor and arguments["alpha"] == 1:
         return same
     if node.target is aten.slice.Tensor and arguments["step"] == 1 and window is None:

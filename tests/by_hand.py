@@ -82,13 +82,22 @@ class ByHand:
     args:
         lists: the model's lists of blocks, in the order in which they are run.
         image: the place of the image's stream among what a block returns.
+        in_turn: a block of each list is run, then the next of each.
     """
 
     def __init__(
-        self, of: Captured, lists: Sequence[str] = ("blocks",), image: int = 0, *, first: int = 1, last: int = 0
+        self,
+        of: Captured,
+        lists: Sequence[str] = ("blocks",),
+        image: int = 0,
+        *,
+        in_turn: bool = False,
+        first: int = 1,
+        last: int = 0,
     ) -> None:
         self.model = copy.deepcopy(of.model).double()
-        self.blocks = [block for name in lists for block in self.model.get_submodule(name).children()]
+        parts = [list(self.model.get_submodule(name).children()) for name in lists]
+        self.blocks = [block for part in (zip(*parts, strict=True) if in_turn else parts) for block in part]
         self.image, self.first, self.end = image, first, len(self.blocks) - last
 
     @classmethod
@@ -122,7 +131,7 @@ class ByHand:
 
         def leave_middle(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
             begun = front[0] if len(front[0]) == len(_streams(result)) else (torch.cat(front[0], dim=1),)
-            pairs = list(zip(_streams(result), begun, strict=True))
+            pairs = [(end, _as_in(end, begin)) for end, begin in zip(_streams(result), begun, strict=True)]
             added.append(tuple(None if end is None else end - begin for end, begin in pairs))
             place = len(added) - (self.end - self.first) + len(instead) - 1
             if place < 0:
@@ -149,6 +158,13 @@ class ByHand:
 
 def _streams(result: Any) -> Streams:
     return tuple(result) if isinstance(result, tuple) else (result,)
+
+
+def _as_in(end: Tensor | None, begin: Tensor) -> Tensor:
+    """The stream as it lies where blocks that take turns leave it: tokens of each frame, or frames of each token."""
+    if end is None or end.shape == begin.shape:
+        return begin
+    return begin.unflatten(0, (-1, end.shape[1])).transpose(1, 2).flatten(0, 1)
 
 
 def _double(value: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class CachedFamily:
     attributes:
         build: makes the model (random parameters) and keyword inputs for it.
         lists: the lists of its blocks, in the order in which they are run.
+        in_turn: a block of each list is run, then the next of each.
         image: the place of the image's stream among what a block returns.
         first_blocks: blocks that are always computed and decide.
         behind: blocks behind the stream, which no setting skips.
@@ -33,6 +34,7 @@ class CachedFamily:
 
     build: Callable[[], tuple[nn.Module, Inputs]]
     lists: tuple[str, ...] = ("transformer_blocks",)
+    in_turn: bool = False
     image: int = 0
     first_blocks: int = 1
     behind: int = 0
@@ -309,6 +311,37 @@ def hunyuan_dit(batch: int = 2, size: tuple[int, int] = (12, 16), text: int = 20
     return randomise(model), inputs
 
 
+def latte(batch: int = 2, size: tuple[int, int, int] = (3, 8, 12), text: int = 20) -> tuple[nn.Module, Inputs]:
+    """Blocks take turns: one list works on the tokens of each frame, the other on the frames of each token."""
+    from diffusers import LatteTransformer3DModel
+
+    frames, height, width = size
+    model = LatteTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=16,
+        in_channels=5,
+        out_channels=5,
+        num_layers=3,
+        cross_attention_dim=64,
+        attention_bias=True,
+        sample_size=12,
+        patch_size=2,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        caption_channels=28,
+        video_length=frames,
+    )
+    inputs = dict(
+        hidden_states=draw(batch, 5, frames, height, width),
+        timestep=torch.linspace(100.0, 900.0, batch),
+        encoder_hidden_states=draw(batch, text, 28, seed=2),
+        return_dict=False,
+    )
+    return randomise(model), inputs
+
+
 _DOUBLE_AND_SINGLE = ("transformer_blocks", "single_transformer_blocks")
 
 MORE_FAMILIES: dict[str, CachedFamily] = {
@@ -323,6 +356,10 @@ MORE_FAMILIES: dict[str, CachedFamily] = {
     "chroma": CachedFamily(chroma, _DOUBLE_AND_SINGLE, image=1),
     "bria_fibo": CachedFamily(bria_fibo, _DOUBLE_AND_SINGLE, image=1),
     "hunyuan_dit": CachedFamily(hunyuan_dit, ("blocks",), behind=2, change=1.0),
+    "latte": CachedFamily(latte, ("transformer_blocks", "temporal_transformer_blocks"), in_turn=True),
+    "latte-both-at-front": CachedFamily(
+        latte, ("transformer_blocks", "temporal_transformer_blocks"), in_turn=True, first_blocks=2
+    ),
     "sana": CachedFamily(sana),
     "sana_video": CachedFamily(sana_video),
 }

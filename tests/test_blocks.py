@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from paracompile.mesh import Ranks
 from paracompile.passes import pipeline, run_passes
-from paracompile.patterns.blocks import Stream, find_blocks, find_stream
+from paracompile.patterns.blocks import Stream, brought_back, find_blocks, find_stream
 
 
 def in_aten(of: Captured) -> fx.GraphModule:
@@ -298,6 +298,28 @@ def test_what_each_block_adds_again_is_not_the_stream() -> None:
     assert stream.entries[1:] == stream.exits[:-1]
     (start,) = values_of(gm, of.arguments, stream.entries[:1])
     assert torch.equal(start, of.inputs["x"])
+
+
+def test_blocks_that_take_turns() -> None:
+    """On all tokens, and on every twelfth one; the stream is brought back behind those that leave it otherwise."""
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        for block, other in zip(self.blocks, self.others, strict=True):
+            x = block(x)
+            x = x.unflatten(1, (-1, 12)).transpose(1, 2).flatten(0, 1)
+            x = other(x)
+            x = x.unflatten(0, (BATCH, 12)).transpose(1, 2).flatten(1, 2)
+        return x
+
+    stream = find_stream(graph_of(Of(run, blocks=pairs(Block), others=pairs(Block)), x=image_tokens(WIDTH)))
+    assert stream is not None
+    assert paths(stream) == [f"{name}.{number}" for number in range(3) for name in ("blocks", "others")]
+    whole, twelfth = (BATCH, IMAGE, WIDTH), (BATCH * 12, IMAGE // 12, WIDTH)
+    assert [shape_of(node) for node in stream.entries] == [whole, twelfth] * 3
+    assert [shape_of(node) for node in stream.exits] == [whole, twelfth] * 3
+    assert brought_back(stream, first=1, end=6) == brought_back(stream, first=2, end=5) == []
+    assert shape_of(brought_back(stream, first=2, end=6)[-1]) == whole
+    assert shape_of(brought_back(stream, first=1, end=5)[-1]) == twelfth
 
 
 class Rejoined(nn.Module):
