@@ -123,8 +123,15 @@ def residual_source(value: fx.Node, inside: Callable[[fx.Node], bool]) -> fx.Nod
 
 
 def _residual_sources(value: fx.Node, inside: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """The values outside that `value` is the sum of, beside what was added inside."""
-    return [node for node in _sources(value, inside) if _alike(node, value)]
+    """The values outside that `value` is the sum of, position by position, beside what was added inside."""
+    places = _some_places(value)
+    return list(
+        {
+            node: None
+            for node, window, origin in _origins(value, inside, places=places)
+            if _covers(node, window) and _alike(node, value) and origin in (None, places)
+        }
+    )
 
 
 def _most_done_for(values: Sequence[fx.Node]) -> fx.Node | None:
@@ -138,8 +145,8 @@ def brought_back(stream: Stream, first: int, end: int) -> list[fx.Node]:
     where it leaves as it entered, or is not brought back by views alone.
     """
     found: list[fx.Node] = []
-    value = stream.exits[end - 1]
-    while not _alike(value, stream.entries[first]):
+    value, entry = stream.exits[end - 1], stream.entries[first]
+    while entry not in _residual_sources(value, lambda node: node is not entry):
         readers = list(value.users)
         if len(readers) != 1 or readers[0].target not in _REARRANGES | _KEEPS:
             return []
@@ -274,34 +281,65 @@ def _exit_before(entry: fx.Node, owner: dict[fx.Node, Block], part: Window) -> t
     if entry in owner:
         return entry, part
     found = [
-        [(node, window) for node, window in _origins(entry, lambda node: node not in owner, read) if node in owner]
+        [(node, window) for node, window, _ in _origins(entry, lambda node: node not in owner, read) if node in owner]
         for read in (part, None)
     ]
     exit_before, window = max(found[0] or found[1], key=lambda each: _size(each[0]), default=(None, None))
     return exit_before, None if exit_before is None or _covers(exit_before, window) else window
 
 
-def _sources(value: fx.Node, inside: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """The values not inside that `value` is a residual stream of, or is joined or cut from."""
-    return list({node: None for node, window in _origins(value, inside) if _covers(node, window)})
+Places = tuple[int, ...] | None
+"""Some positions of a value, counted through all its dimensions; None where they were not followed."""
 
 
-def _origins(value: fx.Node, inside: Callable[[fx.Node], bool], part: Window = None) -> list[tuple[fx.Node, Window]]:
-    """The values not inside that `value` (or a part of it) comes from, and which parts of them."""
-    found: list[tuple[fx.Node, Window]] = []
+def _some_places(value: fx.Node) -> Places:
+    """Positions enough to tell whether a value lies in another order."""
+    return tuple(number * 0x9E3779B1 % max(1, _size(value)) for number in range(64))
+
+
+def _origins(
+    value: fx.Node, inside: Callable[[fx.Node], bool], part: Window = None, places: Places = None
+) -> list[tuple[fx.Node, Window, Places]]:
+    """The values not inside that `value` (or a part of it) comes from, which parts of them, and where `places` were."""
+    found: list[tuple[fx.Node, Window, Places]] = []
     seen: set[tuple[fx.Node, Window]] = set()
-    waiting: list[tuple[fx.Node, Window]] = [(value, part)]
+    waiting: list[tuple[fx.Node, Window, Places]] = [(value, part, places)]
     while waiting:
-        node, window = waiting.pop()
+        node, window, now = waiting.pop()
         if (node, window) in seen:
             continue
         seen.add((node, window))
         if node.op == "placeholder" or not inside(node):
             if node is not value:
-                found.append((node, window))
+                found.append((node, window, now))
             continue
-        waiting.extend(_steps(node, window))
+        waiting.extend((source, taken, _places_before(node, source, now)) for source, taken in _steps(node, window))
     return found
+
+
+def _places_before(node: fx.Node, source: fx.Node, places: Places) -> Places:
+    """Where positions of what a node makes of `source` are in it; None where it takes a part or joins."""
+    if places is None or _size(source) != _size(node):
+        return None
+    rank = len(_shape(node))
+    if node.target is aten.transpose.int:
+        arguments, order = named_arguments(node), list(range(rank))
+        one, other = arguments["dim0"] % rank, arguments["dim1"] % rank
+        order[one], order[other] = other, one
+    elif node.target is aten.permute.default:
+        order = [dim % rank for dim in named_arguments(node)["dims"]]
+    else:
+        return places
+    before, after = _strides(_shape(source)), _strides(_shape(node))
+    return tuple(
+        sum(place // after[dim] % _shape(node)[dim] * before[origin] for dim, origin in enumerate(order))
+        for place in places
+    )
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    """How far apart neighbours along each dimension are, where all positions are counted."""
+    return [prod(shape[dim + 1 :]) for dim in range(len(shape))]
 
 
 def _steps(node: fx.Node, window: Window) -> list[tuple[fx.Node, Window]]:

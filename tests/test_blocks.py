@@ -10,13 +10,13 @@ import torch
 from by_hand import IMAGE_SECOND
 from capture import Captured, capture, captured
 from families import ALL_FAMILIES, Inputs
-from random_tensors import randomise
+from random_tensors import draw, randomise
 from small_models import BATCH, IMAGE, TEXT, WIDTH, Block, Denoiser, Joint, image_tokens, text_tokens
 from torch import Tensor, fx, nn
 
 from paracompile.mesh import Ranks
 from paracompile.passes import pipeline, run_passes
-from paracompile.patterns.blocks import Stream, brought_back, find_blocks, find_stream
+from paracompile.patterns.blocks import Stream, brought_back, find_blocks, find_stream, residual_source
 
 
 def in_aten(of: Captured) -> fx.GraphModule:
@@ -320,6 +320,30 @@ def test_blocks_that_take_turns() -> None:
     assert brought_back(stream, first=1, end=6) == brought_back(stream, first=2, end=5) == []
     assert shape_of(brought_back(stream, first=2, end=6)[-1]) == whole
     assert shape_of(brought_back(stream, first=1, end=5)[-1]) == twelfth
+
+
+def test_blocks_that_take_turns_on_as_many_frames_as_tokens() -> None:
+    """The shapes are then equal and the order is not: what leaves is no residual of what entered until brought back."""
+    side = 6
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        for block, other in zip(self.blocks, self.others, strict=True):
+            x = other(block(x).unflatten(0, (-1, side)).transpose(1, 2).flatten(0, 1))
+            x = x.unflatten(0, (-1, side)).transpose(1, 2).flatten(0, 1)
+        return x
+
+    x = draw(BATCH * side, side, WIDTH)
+    stream = find_stream(graph_of(Of(run, blocks=pairs(Block), others=pairs(Block)), x=x))
+    assert stream is not None
+    assert len(stream.blocks) == 6
+    assert {shape_of(node) for node in (*stream.entries, *stream.exits)} == {tuple(x.shape)}
+    for first, end in ((1, 5), (2, 6)):
+        views = brought_back(stream, first, end)
+        assert views
+        entry = stream.entries[first]
+        assert residual_source(views[-1], lambda node, entry=entry: node is not entry) is entry
+        assert residual_source(stream.exits[end - 1], lambda node, entry=entry: node is not entry) is None
+    assert brought_back(stream, 1, 6) == brought_back(stream, 2, 5) == []
 
 
 class Rejoined(nn.Module):
