@@ -37,7 +37,7 @@ TOLERANCE = 2e-5
 REMEDY = re.compile(r"\b(give|call|pass|use|compile|leave|remove|set|shard|see)\b", re.IGNORECASE)
 
 
-@pytest.mark.timeout(300 + 10 * CASES)
+@pytest.mark.timeout(300 + 30 * CASES)
 def test_equal_or_refused_by_an_error_with_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     outcomes: Counter[str] = Counter()
 
