@@ -119,9 +119,10 @@ def _comes_in(node: fx.Node) -> bool:
 
 def _calculates(user: fx.Node, number: fx.Node) -> bool:
     """Whether `user` does with a number nothing but what it could do with a tensor ()."""
+    places: Sequence[int] = ()
     if isinstance(user.meta.get("example_value"), (torch.SymInt, torch.SymFloat)):
-        places: Sequence[int] = range(len(user.args)) if user.target in OF_NUMBERS else ()
-    else:
+        places = range(len(user.args)) if user.target in OF_NUMBERS else ()
+    elif _is_tensor(user) or user.target in IN_PLACE:
         places = _BY_PLACE.get(user.target, ())
     read: list[fx.Node] = []
     fx.map_arg((user.args, user.kwargs), read.append)

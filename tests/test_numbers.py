@@ -104,6 +104,12 @@ def test_other_numbers_are_constants(name: str) -> None:
     assert len(graphs_of(KNOWN[name], draw(3, 4))) == len(SCALES)
 
 
+@pytest.mark.parametrize("compare", [lambda scale, count: scale > 0.65, lambda scale, count: count == 5])
+def test_whether_a_number_is_so_is_known(compare: Callable[[float, int], bool]) -> None:
+    graphs = graphs_of(lambda x, scale, count: x * compare(scale, count) + scale, draw(3, 4))
+    assert 2 <= len(graphs) <= len(SCALES)
+
+
 def test_a_number_is_kept_beside_one_that_is_needed() -> None:
     graphs = graphs_of(lambda x, scale, count: x[:, : count - 2] * scale, draw(3, 9))
     used = [[node.name for node in graph.graph.find_nodes(op="placeholder") if node.users] for graph in graphs]
