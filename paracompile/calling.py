@@ -130,11 +130,14 @@ def _state_like(cache: CacheLayout) -> StateLike:
 
 
 def _signs(captured: Captured, cache: CacheLayout) -> CallSigns:
-    """What stays the same through a generation is what is neither denoised nor a time; without both, nothing tells."""
+    """What stays the same through a generation is what is neither denoised nor a time; without both, nothing tells.
+
+    Python's numbers come as new tensors each time, and a scale may change at each step.
+    """
     skipped = cache.skipped
     if skipped.sample is None or not skipped.times:
         return CallSigns(())
-    others = {skipped.sample, *skipped.times}
+    others = {skipped.sample, *skipped.times, *captured.numbers.inputs}
     return CallSigns(
         tuple(
             index

@@ -223,3 +223,21 @@ def test_a_time_may_be_a_number_and_a_scale_is_no_time(as_number: bool) -> None:
             compiled(image_tokens(), time if as_number else torch.full((BATCH, 1, 1), time), scale)
     hits = [step.hit for step in cache_stats(model).slots["only"]]
     assert hits == [False, True, True]  # of the last generation
+
+
+class Conditioned(Timed):
+    """Told what to denoise, too, from which calls are known that nobody named."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, scale: float, prompt: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden_states, timestep, scale) + prompt.mean(1, keepdim=True)
+
+
+def test_a_scale_that_changes_hides_no_trajectory() -> None:
+    model = randomise(Conditioned(3))
+    compiled = torch.compile(model, backend="paracompile", options={"compiler": "eager", "rdt": 10.0})
+    prompt = draw(BATCH, 5, 10, seed=2)
+    with torch.no_grad():
+        for number, time in enumerate((0.9, 0.8, 0.7, 0.6, 0.5, 0.4)):
+            compiled(image_tokens(), torch.full((BATCH, 1, 1), time), 0.5 + number / 20, prompt)
+    (steps,) = (steps for steps in cache_stats(model).slots.values() if len(steps) > 1)
+    assert [step.hit for step in steps][-3:] == [True, True, True]
