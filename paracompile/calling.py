@@ -135,7 +135,10 @@ def _state_like(cache: CacheLayout) -> StateLike:
 
 
 def _signs(cache: CacheLayout) -> CallSigns:
-    """What stays the same through a generation is what is neither denoised nor a time; without both, nothing tells."""
+    """What stays the same through a generation is what is neither denoised nor a time; without both, nothing tells.
+
+    Python's numbers come as new tensors each time.
+    """
     skipped = cache.skipped
     if skipped.sample is None or not skipped.times:
         return CallSigns(())

@@ -20,12 +20,12 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 __all__ = ["FILLED", "IN_PLACE", "MADE", "OF_NUMBERS", "Numbers", "find_numbers"]
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
-_SYMBOLIC_FUNCTIONS = ("sqrt", "sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan", "log2")
+_FUNCTIONS = ("sqrt", "sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan", "log2")
 
 OF_NUMBERS: Mapping[Any, Callable[..., torch.Tensor]] = {
     **{getattr(operator, name): getattr(operator, name) for name in (*_BINARY, "neg", "pos", "abs")},
     **{getattr(operator, f"i{name}"): getattr(operator, name) for name in _BINARY},
-    **{getattr(torch, f"_sym_{name}"): getattr(torch, name) for name in _SYMBOLIC_FUNCTIONS},
+    **{getattr(torch, f"_sym_{name}"): getattr(torch, name) for name in _FUNCTIONS if hasattr(torch, f"_sym_{name}")},
     torch.sym_float: operator.pos,
 }
 """Functions that make a number of numbers, and the function of tensors () that does the same."""
@@ -108,7 +108,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 def _is_number(placeholder: fx.Node) -> bool:
     is_float = getattr(placeholder.meta.get("grapharg"), "pass_arg_as_tensor", False)
-    return is_float or isinstance(placeholder.meta["example_value"], torch.SymInt)
+    return is_float or isinstance(placeholder.meta.get("example_value"), torch.SymInt)
 
 
 def _comes_in(node: fx.Node) -> bool:
@@ -119,9 +119,10 @@ def _comes_in(node: fx.Node) -> bool:
 
 def _calculates(user: fx.Node, number: fx.Node) -> bool:
     """Whether `user` does with a number nothing but what it could do with a tensor ()."""
+    places: Sequence[int] = ()
     if isinstance(user.meta.get("example_value"), (torch.SymInt, torch.SymFloat)):
-        places: Sequence[int] = range(len(user.args)) if user.target in OF_NUMBERS else ()
-    else:
+        places = range(len(user.args)) if user.target in OF_NUMBERS else ()
+    elif _is_tensor(user) or user.target in IN_PLACE:
         places = _BY_PLACE.get(user.target, ())
     read: list[fx.Node] = []
     fx.map_arg((user.args, user.kwargs), read.append)

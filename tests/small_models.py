@@ -171,7 +171,7 @@ def close(found: Any, expected: Any, tolerance: float = 2e-6) -> None:
         if not isinstance(other, Tensor):
             assert one == other
             continue
-        finite = other[other.isfinite()] if other.dtype != torch.bool else other[:0]
+        finite = other[other.isfinite()] if other.dtype != torch.bool else other.flatten()[:0]
         largest = float(finite.abs().max()) if finite.numel() else 0.0
         torch.testing.assert_close(one, other, rtol=0.0, atol=tolerance * max(largest, 1.0), equal_nan=True)
 

@@ -104,6 +104,12 @@ def test_other_numbers_are_constants(name: str) -> None:
     assert len(graphs_of(KNOWN[name], draw(3, 4))) == len(SCALES)
 
 
+@pytest.mark.parametrize("compare", [lambda scale, count: scale > 0.65, lambda scale, count: count == 5])
+def test_whether_a_number_is_so_is_known(compare: Callable[[float, int], bool]) -> None:
+    graphs = graphs_of(lambda x, scale, count: x * compare(scale, count) + scale, draw(3, 4))
+    assert 2 <= len(graphs) <= len(SCALES)
+
+
 def test_a_number_is_kept_beside_one_that_is_needed() -> None:
     graphs = graphs_of(lambda x, scale, count: x[:, : count - 2] * scale, draw(3, 9))
     used = [[node.name for node in graph.graph.find_nodes(op="placeholder") if node.users] for graph in graphs]
@@ -238,3 +244,21 @@ def test_numbers_do_not_tell_calls_apart_in_a_loop_of_one_s_own() -> None:
                 compiled(image_tokens(seed=step), torch.full((BATCH,), 0.9 - 0.1 * step), text, scale, count)
         (steps,) = cache_stats(model).slots.values()
         assert [each.hit for each in steps] == [False, False, True, True]
+
+
+class Conditioned(Timed):
+    """Told what to denoise, too, from which calls are known that nobody named."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, scale: float, prompt: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden_states, timestep, scale) + prompt.mean(1, keepdim=True)
+
+
+def test_a_scale_that_changes_hides_no_trajectory() -> None:
+    model = randomise(Conditioned(3))
+    compiled = torch.compile(model, backend="paracompile", options={"compiler": "eager", "rdt": 10.0})
+    prompt = draw(BATCH, 5, 10, seed=2)
+    with torch.no_grad():
+        for number, time in enumerate((0.9, 0.8, 0.7, 0.6, 0.5, 0.4)):
+            compiled(image_tokens(), torch.full((BATCH, 1, 1), time), 0.5 + number / 20, prompt)
+    (steps,) = (steps for steps in cache_stats(model).slots.values() if len(steps) > 1)
+    assert [step.hit for step in steps][-3:] == [True, True, True]
