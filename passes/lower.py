@@ -32,7 +32,8 @@ from paracompile.mesh import Axis, Ranks
 from paracompile.passes.found import Found
 from paracompile.passes.localise import localised
 from paracompile.passes.lower_attention import AttentionOnTokens, UnifiedAttention
-from paracompile.passes.split_and_gather import shardings_of
+from paracompile.passes.lower_neighbours import with_neighbours
+from paracompile.passes.split_and_gather import neighbours_of, shardings_of
 from paracompile.passes.tokens import all_tokens, own_tokens
 from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import AUTOCAST_EDGES, ENTER_AUTOCAST
@@ -119,7 +120,7 @@ class _Lowering:
         elif node.target is UNIFIED_ATTENTION:
             written = self._unified_attention(operation)
         elif any(map(shardings_of, operation.results)):
-            if all(0 in self._local_shape(value) for value in operation.results):
+            if all(0 in self._local_shape(value) for value in operation.results) and not neighbours_of(node):
                 self._empty(operation)
                 return
             written = self._cut(operation)
@@ -239,11 +240,15 @@ class _Lowering:
     def _cut(self, operation: Operation) -> fx.Node:
         """Writes the operation on local operands, with its size arguments made local, axis by axis."""
         operands = [self.values[value] for value in operation.operands]
+        neighbours = neighbours_of(operation.node)
         of_operands, of_results = (
             [{axis.name: sharding for axis, sharding in self._cuts(value)} for value in values]
             for values in (operation.operands, operation.results)
         )
         for name, axis in self.axes.items():
+            if name in neighbours:
+                held, result = of_operands[0].get(name), of_results[0][name]
+                return with_neighbours(self.write, operation, neighbours[name], operands, held, result, axis)
             if name in of_results[0]:
                 operation = localised(
                     operation,
