@@ -73,7 +73,7 @@ class _Lowering:
 
     def __init__(self, gm: fx.GraphModule, attention: UnifiedAttention, ranks: Ranks) -> None:
         self.gm = gm
-        self.axes = {axis.name: axis for axis in (ranks.batch, ranks.sequence)}
+        self.axes = {axis.name: axis for axis in (ranks.batch, ranks.sequence, ranks.all)}
         self.attention = attention
         self.by_node = {operation.node: operation for operation in operations(gm.graph, rule_for)}
         fake_mode = detect_fake_mode([node.meta["val"] for node in gm.graph.nodes if is_tensor(node)])
@@ -186,7 +186,7 @@ class _Lowering:
         if tuple(found.shape) != expected or found.dtype != dtype:
             raise GraphError(
                 value.node,
-                f"on rank {self.axes['sequence'].rank} it has the shape {tuple(found.shape)} ({found.dtype}) where the "
+                f"on rank {self.axes['all'].rank} it has the shape {tuple(found.shape)} ({found.dtype}) where the "
                 f"analysis expects {expected} ({dtype})",
                 "this is a mistake in paracompile's rule for the operator: please report it with the graph that "
                 'options={"dump": FOLDER} writes',

@@ -39,10 +39,15 @@ def plan_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ra
     """Finds a plan for each axis of more than one rank; changes nothing.
 
     raises:
-        GraphError: no attention, random numbers inside the model, or neither its largest attention nor half of its
-            products can be cut.
+        GraphError: no attention and no images, random numbers inside the model, or neither its largest attention nor
+            half of its products can be cut.
     """
-    tokens = _plan_of_sequence(gm, ranks.sequence, found) if ranks.sequence_size > 1 else None
+    all_operations = operations(gm.graph, rule_for)
+    if works_on_images(all_operations) and _plan_of_images(gm, all_operations, ranks.all, found):
+        return gm
+    if found.why_a_piece is not None and not find_attentions(all_operations):
+        return gm  # the piece runs whole on every rank
+    tokens = _plan(gm, ranks.sequence, "tokens") if ranks.sequence_size > 1 else None
     if ranks.batch.size > 1:
         found.plans[ranks.batch.name] = _plan(gm, ranks.batch, "batch", tokens)
     if tokens is not None:
@@ -50,22 +55,20 @@ def plan_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ra
     return gm
 
 
-def _plan_of_sequence(gm: fx.GraphModule, axis: Axis, found: Found) -> Plan:
-    all_operations = operations(gm.graph, rule_for)
-    if not works_on_images(all_operations):
-        return _plan(gm, axis, "tokens")
+def _plan_of_images(gm: fx.GraphModule, all_operations: Sequence[Operation], axis: Axis, found: Found) -> bool:
+    """Finds the cheapest plan among those of all spatial dimensions; whether there is one."""
     choices = []
     for seed in spatial_seeds(all_operations, axis.size):
         plan = _made(gm, axis, seed, machine=_IMAGES)
         if plan.cuts:
-            choices.append((cost_of(plan, flops_of, axis.size, _IMAGES), seed.dim, plan))
+            choices.append((cost_of(plan, flops_of, axis.size, _IMAGES), DIMENSIONS[seed.dim], plan))
     if not choices:
-        return _plan(gm, axis, "tokens")
-    choices.sort(key=lambda choice: (choice[0].seconds, choice[1]))
-    (_, _, plan), *_ = choices
-    _check_randomness(plan)
-    found.dimensions = tuple((DIMENSIONS[dim], cost) for cost, dim, _ in choices)
-    return plan
+        return False
+    choices.sort(key=lambda choice: choice[0].seconds)
+    found.plans[axis.name] = choices[0][2]
+    found.dimensions = tuple((name, cost) for cost, name, _ in choices)
+    _check_randomness(found.plans[axis.name])
+    return True
 
 
 def _plan(gm: fx.GraphModule, axis: Axis, seed: Seed, beside: Plan | None = None) -> Plan:

@@ -77,7 +77,7 @@ class Plan:
 
     attributes:
         operations: all operations, in the graph's order.
-        attentions: the attentions among them.
+        attentions: the attentions among them; none where images are cut, in which they are like any other operation.
         cuts: how each operation that is cut is cut.
         places: the tokens' place in every value they run through, cut or not.
         segments: the segments of what is cut.
@@ -176,6 +176,8 @@ def make_plan(
     """
     all_operations = operations(graph, rule_for)
     attentions = {attention.operation: attention for attention in find_attentions(all_operations)}
+    if isinstance(seed, Spatial):  # queries are cut, and their keys are gathered
+        attentions = {}
     places = propagate(all_operations, attentions.values(), seed)
     possible = {
         operation: cut

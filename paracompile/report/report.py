@@ -11,10 +11,11 @@ from torch import fx
 import paracompile.runtime.placement as placement
 from paracompile.errors import module_path, source_line
 from paracompile.layout.graph import Operation, bytes_of, operations, value_of
-from paracompile.layout.plan import Plan
+from paracompile.layout.plan import Plan, Sharding
 from paracompile.mesh import Ranks
 from paracompile.passes.first_block_cache import COMPUTE
 from paracompile.passes.found import Found
+from paracompile.patterns.attention import find_attentions
 from paracompile.patterns.exchanges import is_collective, link_of
 from paracompile.patterns.flops import flops_of
 from paracompile.patterns.rules import rule_for
@@ -154,7 +155,7 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
     skippable = _skippable(local)
     here = operations(local.graph, rule_for) + skippable
     plans = list(found.plans.values())
-    attentions = plans[-1].attentions if plans else {}
+    attentions = {attention.operation: attention for attention in find_attentions(plans[-1].operations)} if plans else {}
     cut = [operation for operation in attentions if operation in plans[-1].cuts]
     exchanged = [operation for operation in cut if plans[-1].exchanged(operation)]
     collectives: Counter[str] = Counter()
@@ -167,6 +168,7 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
             sent += _bytes_sent(kind, node, ranks)
     notes = [note for each in plans for note in (*_whole(each), *_gathers(each), *_misaligned(each))]
     notes += _together(found, local)
+    notes = [*_dimension(found), *notes]
     report = Report(
         ranks=ranks.size,
         why_a_piece=found.why_a_piece,
@@ -219,8 +221,30 @@ def _bytes_sent(kind: str, node: fx.Node, ranks: Ranks) -> int:
     if kind == "all_reduce":
         return 2 * size * (ranks.size - 1) // ranks.size  # as a ring sends it
     sizes, group = cast(list[int], node.args[2]), node.args[3]
+    if group not in (ranks.ring.group, ranks.ulysses.group):  # edges, of which a rank sends itself none
+        return size
     own = sizes[ranks.ring.rank if group == ranks.ring.group else ranks.ulysses.rank]  # not sent
     return size * (sum(sizes) - own) // max(1, sum(sizes))
+
+
+def _dimension(found: Found) -> list[str]:
+    """Which dimension of images is cut, and why not another one."""
+    if not found.dimensions:
+        return []
+    plan = next(iter(found.plans.values()))
+    cut, *others = [
+        f"{name} ({cost.share:.1%} of the products on the fullest rank, {cost.bytes:,} bytes exchanged)"
+        for name, cost in found.dimensions
+    ]
+    positions = max((sharding.place.length for sharding in _shardings(plan)), default=0)
+    return [f"images are cut along their {cut}, {positions} positions where they are coarsest" + "".join(
+        f"; dearer: {other}" for other in others
+    )]
+
+
+def _shardings(plan: Plan) -> list[Sharding]:
+    results = (plan.result(value) for operation in plan.cuts for value in operation.results)
+    return [sharding for sharding in results if sharding is not None]
 
 
 def _together(found: Found, local: fx.GraphModule) -> list[str]:
@@ -239,7 +263,8 @@ def _whole(plan: Plan) -> list[str]:
     return [
         f"left whole {operation.node.name} ({attention.flops / work:.0%} of the model's products)"
         + (f", at {where}" if (where := source_line(operation.node)) else "")
-        for operation, attention in plan.attentions.items()
+        for attention in find_attentions(plan.operations)
+        for operation in [attention.operation]
         if operation not in plan.cuts and attention.flops > _COUNTS * work
     ]
 

@@ -1,0 +1,62 @@
+"""diffusers' autoencoders through `torch.compile(..., backend="paracompile")` on two real processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from autoencoders import AUTOENCODERS, decoding, encoding
+from capture import assert_equal
+from pool import Pool
+from torch import Tensor
+
+from paracompile import init_mesh
+from paracompile.report.report import Report
+
+
+def compiled_decoder(rank: int, name: str, compiler: str) -> tuple[list[Tensor], list[Tensor], list[Report]]:
+    """What two latents become, plainly and with the decoder compiled, and the report of every graph."""
+    vae: Any = AUTOENCODERS[name].build()
+    latents = [AUTOENCODERS[name].latents(5, 7), -AUTOENCODERS[name].latents(5, 7)]
+    reports: list[Report] = []
+    options = {"mesh": init_mesh("cpu"), "compiler": compiler, "report": reports.append, "timeout": 120}
+    with torch.no_grad():
+        expected = [decoding(vae)(each) for each in latents]
+        vae.decoder = torch.compile(vae.decoder, backend="paracompile", options=options)
+        found = [decoding(vae)(each) for each in latents]
+    return found, expected, reports
+
+
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_decoder_gives_the_plain_one_s_picture(compiler: str, two_ranks: Pool) -> None:
+    for found, expected, reports in two_ranks.run(compiled_decoder, "flux", compiler):
+        for one, other in zip(found, expected, strict=True):
+            assert_equal(one, other)
+        (report,) = reports
+        assert report.ranks == 2
+        assert report.collectives["all_to_all_single"] > 10
+        assert report.flops_rank < 0.65 * report.flops_whole
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_a_loop_over_frames_in_python_stays_and_its_pieces_are_shared(name: str, two_ranks: Pool) -> None:
+    for found, expected, reports in two_ranks.run(compiled_decoder, name, "eager"):
+        for one, other in zip(found, expected, strict=True):
+            assert_equal(one, other)
+        assert all(report.ranks == 2 for report in reports)
+
+
+def compiled_encoder(rank: int, name: str) -> tuple[Tensor, Tensor]:
+    vae: Any = AUTOENCODERS[name].build()
+    pixels = AUTOENCODERS[name].pixels(5, 7)
+    with torch.no_grad():
+        expected = encoding(vae)(pixels)
+        vae.encoder.compile(backend="paracompile", options={"compiler": "eager", "timeout": 120})
+        return encoding(vae)(pixels), expected
+
+
+@pytest.mark.parametrize("name", ["flux"])
+def test_a_compiled_encoder_gives_the_plain_one_s_latents(name: str, two_ranks: Pool) -> None:
+    for found, expected in two_ranks.run(compiled_encoder, name):
+        assert_equal(found, expected)
