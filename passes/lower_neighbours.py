@@ -82,7 +82,7 @@ def _on_window(
     if held is None:  # nothing is sent
         wanted = [wanted[axis.rank] if rank == axis.rank else (0, 0) for rank in ranks]
         held_by = [(0, halo.size) if rank == axis.rank else (0, 0) for rank in ranks]
-    fill = Fill(window.before, window.after, halo.value) if halo.edge == "fill" else Fill()
+    fill = Fill(window.before, window.after, halo.value) if halo.edge == "filled" else Fill()
     x = window_of(write, x, x.meta["val"].shape, dim, held_by, wanted, axis.rank, axis.group, fill)
     if not window.count:
         shape = list(result.local_shape(op.results[0], axis.rank))

@@ -247,7 +247,7 @@ def on_window(op: Op, rule: Rule, halo: Halo, tensors: Sequence[Tensor], start: 
     """Positions `[start, stop)` of the result, made of what they need and nothing else."""
     window = halo.window(start, stop)
     part = tensors[0].narrow(halo.dim, window.start, window.stop - window.start)
-    if halo.edge == "fill":
+    if halo.edge == "filled":
         sizes = [[*part.shape] for _ in range(2)]
         sizes[0][halo.dim], sizes[1][halo.dim] = window.before, window.after
         before, after = (part.new_full(size, halo.value) for size in sizes)

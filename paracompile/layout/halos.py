@@ -23,7 +23,7 @@ from typing import Literal
 
 __all__ = ["Halo", "Window"]
 
-Edge = Literal["fill", "clip", "repeat", "reflect"]
+Edge = Literal["filled", "clipped", "repeated", "mirrored"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Halo:
         dim: the dimension, in the operand and in the result.
         size, size_out: its size in the operand and in the result.
         step, scale, low, high: as in the formula above.
-        edge: what is read outside of the operand. "fill": `value`, put around the window before the operator is called
-            without padding of its own; "clip": nothing; "repeat" and "reflect": the operator pads with the first and
+        edge: what is read outside of the operand. "filled": `value`, put around the window before the operator is called
+            without padding of its own; "clipped": nothing; "repeated" and "mirrored": the operator pads with the first and
             last position, or mirrors at them.
     """
 
@@ -64,7 +64,7 @@ class Halo:
     scale: int = 1
     low: int = 0
     high: int = 0
-    edge: Edge = "fill"
+    edge: Edge = "filled"
     value: float = 0.0
 
     @property
@@ -79,14 +79,16 @@ class Halo:
         first = (start * self.step + self.low) // self.scale
         end = ((stop - 1) * self.step + self.high) // self.scale + 1
         a, b = (min(max(edge, 0), self.size) for edge in (first, end))
-        if self.edge == "fill":
+        if self.edge == "filled":
             before, after = max(0, min(end, 0) - first), max(0, end - max(first, self.size))
             return Window(a, b, before, after, 0, stop - start)
-        if self.edge == "clip":
+        if self.edge == "clipped":
+            a, b = min(a, self.size - 1), max(b, 1)
+            b = max(b, a + 1)
             return Window(a, b, 0, 0, start - a * self.scale // self.step, stop - start)
         before, after = max(0, -first), max(0, end - self.size)
         a, b = min(a, self.size - 1), max(b, 1)
-        if self.edge == "reflect":
+        if self.edge == "mirrored":
             a, b = min(a, self.size - 1 - after) if after else a, max(b, before + 1) if before else b
         return Window(a, b, before, after, start - (a - before - self.low), stop - start)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch import fx
 import paracompile.runtime.placement as placement
 from paracompile.errors import module_path, source_line
 from paracompile.layout.graph import Operation, bytes_of, operations, value_of
+from paracompile.layout.places import Attention
 from paracompile.layout.plan import Plan, Sharding
 from paracompile.mesh import Ranks
 from paracompile.passes.first_block_cache import COMPUTE
@@ -155,7 +157,7 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
     skippable = _skippable(local)
     here = operations(local.graph, rule_for) + skippable
     plans = list(found.plans.values())
-    attentions = {attention.operation: attention for attention in find_attentions(plans[-1].operations)} if plans else {}
+    attentions = _attentions(plans[-1]) if plans else {}
     cut = [operation for operation in attentions if operation in plans[-1].cuts]
     exchanged = [operation for operation in cut if plans[-1].exchanged(operation)]
     collectives: Counter[str] = Counter()
@@ -232,14 +234,13 @@ def _dimension(found: Found) -> list[str]:
     if not found.dimensions:
         return []
     plan = next(iter(found.plans.values()))
-    cut, *others = [
-        f"{name} ({cost.share:.1%} of the products on the fullest rank, {cost.bytes:,} bytes exchanged)"
+    positions = max((sharding.place.length for sharding in _shardings(plan)), default=0)
+    (cut, cost), *others = [
+        (name, f"({cost.share:.1%} of the products on the fullest rank, {cost.bytes:,} bytes exchanged)")
         for name, cost in found.dimensions
     ]
-    positions = max((sharding.place.length for sharding in _shardings(plan)), default=0)
-    return [f"images are cut along their {cut}, {positions} positions where they are coarsest" + "".join(
-        f"; dearer: {other}" for other in others
-    )]
+    dearer = "".join(f"; dearer: {name} {cost}" for name, cost in others)
+    return [f"images are cut along their {cut}, {positions} positions where they are coarsest {cost}{dearer}"]
 
 
 def _shardings(plan: Plan) -> list[Sharding]:
@@ -257,14 +258,18 @@ def _together(found: Found, local: fx.GraphModule) -> list[str]:
     ]
 
 
+def _attentions(plan: Plan) -> Mapping[Operation, Attention]:
+    """The attentions of a plan, also where images are cut."""
+    return plan.attentions or {attention.operation: attention for attention in find_attentions(plan.operations)}
+
+
 def _whole(plan: Plan) -> list[str]:
     """One line for each attention that every rank computes, where its work counts."""
     work = sum(map(flops_of, plan.operations))
     return [
         f"left whole {operation.node.name} ({attention.flops / work:.0%} of the model's products)"
         + (f", at {where}" if (where := source_line(operation.node)) else "")
-        for attention in find_attentions(plan.operations)
-        for operation in [attention.operation]
+        for operation, attention in _attentions(plan).items()
         if operation not in plan.cuts and attention.flops > _COUNTS * work
     ]
 

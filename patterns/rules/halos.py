@@ -73,7 +73,7 @@ def transposed_convolution(op: Op) -> list[Factor]:
         if reach >= padding + stride - 1:
             low = padding - reach + stride - 1
             dim = len(image) - spatial + axis
-            factors += along(op, dim, scale=stride, low=low, high=padding, edge="clip")
+            factors += along(op, dim, scale=stride, low=low, high=padding, edge="clipped")
     return factors
 
 
@@ -118,14 +118,14 @@ def on_pooled_window(spatial: int) -> Callable[[Op, Halo, Window], dict[str, Any
 
 def constant_padding(op: Op) -> list[Factor]:
     value = op.arguments["value"] or 0.0
-    return _padding(op, op.arguments["pad"], "fill", value)
+    return _padding(op, op.arguments["pad"], "filled", value)
 
 
 def any_padding(op: Op) -> list[Factor]:
     """`aten.pad`, of any mode but the circular one."""
     if op.arguments["mode"] == "constant":
         return constant_padding(op)
-    edges: dict[str, Edge] = {"replicate": "repeat", "reflect": "reflect"}
+    edges: dict[str, Edge] = {"replicate": "repeated", "reflect": "mirrored"}
     edge = edges.get(op.arguments["mode"])
     return _padding(op, op.arguments["pad"], edge) if edge else []
 
@@ -140,7 +140,7 @@ def _padding(op: Op, pad: Sequence[int], edge: Edge, value: float = 0.0) -> list
     factors = []
     for index in range(0, len(pad), 2):
         before, after = pad[index : index + 2]
-        if edge == "fill" or min(before, after) >= 0:
+        if edge == "filled" or min(before, after) >= 0:
             how = {"low": -before, "high": -before, "edge": edge, "value": value}
             factors += along(op, rank - 1 - index // 2, **how)
     return factors
@@ -152,7 +152,7 @@ def on_padded_window(name: str) -> Callable[[Op, Halo, Window], dict[str, Any]]:
     def on_window(op: Op, halo: Halo, window: Window) -> dict[str, Any]:
         pad = list(op.arguments[name])
         index = 2 * (len(op.operands[0]) - 1 - halo.dim)
-        pad[index : index + 2] = [0, 0] if halo.edge == "fill" else [window.before, window.after]
+        pad[index : index + 2] = [0, 0] if halo.edge == "filled" else [window.before, window.after]
         return {name: pad}
 
     return on_window
@@ -178,7 +178,7 @@ def nearest(spatial: int) -> Factors:
     return lambda op: [
         factor
         for dim, times in _times(op, spatial)
-        for factor in along(op, dim, scale=times, edge="clip")
+        for factor in along(op, dim, scale=times, edge="clipped")
     ]
 
 
@@ -192,7 +192,7 @@ def linear(spatial: int) -> Factors:
             factor
             for dim, times in _times(op, spatial)
             for how in [dict(step=2, scale=2 * times, low=1 - times, high=1 + times) if times > 1 else {}]
-            for factor in along(op, dim, edge="clip", **how)
+            for factor in along(op, dim, edge="clipped", **how)
         ]
 
     return factors

@@ -146,12 +146,12 @@ _POOLS: dict[int, tuple[Target, Target]] = {
     3: (aten.avg_pool3d.default, aten.max_pool3d.default),
 }
 _PADS: dict[Target, tuple[int, Edge]] = {
-    aten.reflection_pad1d.default: (1, "reflect"),
-    aten.reflection_pad2d.default: (2, "reflect"),
-    aten.reflection_pad3d.default: (3, "reflect"),
-    aten.replication_pad1d.default: (1, "repeat"),
-    aten.replication_pad2d.default: (2, "repeat"),
-    aten.replication_pad3d.default: (3, "repeat"),
+    aten.reflection_pad1d.default: (1, "mirrored"),
+    aten.reflection_pad2d.default: (2, "mirrored"),
+    aten.reflection_pad3d.default: (3, "mirrored"),
+    aten.replication_pad1d.default: (1, "repeated"),
+    aten.replication_pad2d.default: (2, "repeated"),
+    aten.replication_pad3d.default: (3, "repeated"),
 }
 _PLANES: dict[int, list[Target]] = {
     1: [aten.adaptive_avg_pool1d.default],
