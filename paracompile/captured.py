@@ -174,7 +174,7 @@ def _mixes_neighbours(node: fx.Node) -> bool:
     """Whether a node is a convolution whose kernel has more than one position, and more than it steps by."""
     if node.target not in _CONVOLUTIONS:
         return False
-    named = {**dict(zip(("input", "weight", "bias", "stride"), node.args, strict=False)), **node.kwargs}
+    named: dict[str, Any] = {**dict(zip(("input", "weight", "bias", "stride"), node.args, strict=False)), **node.kwargs}
     weight, stride = named["weight"].meta.get("example_value"), named.get("stride", 1)
     if not isinstance(weight, torch.Tensor):
         return False

@@ -56,8 +56,8 @@ class Found:
     attributes:
         why_a_piece: why the graph is only a piece of its model (`Captured`); None where it is all of it.
         plans: by mesh axis, what its ranks cut and how (`plan_layouts`).
-        dimensions: where images are cut, the name of the spatial dimension that is, and what it costs, then those of the
-            others (`plan_layouts`); none where tokens are.
+        dimensions: where images are cut, the name of the spatial dimension that is and what it costs, then those of
+            the others (`plan_layouts`); none where tokens are.
         together: how many attentions have their queries, keys and values in one exchange (`lower`).
         skipped: what may be skipped (`mark_blocks`); None without a cache, or where no blocks are.
         masks_dropped: how many attentions got along without their mask (`drop_masked_keys`).

@@ -138,9 +138,7 @@ def _merged(write: GraphWriter, own: fx.Node, shares: Sequence[float], axis: Axi
     means, variances = ([write(aten.select.int, each, 0, which) for each in by_rank] for which in (0, 1))
 
     def weighted(values: Sequence[fx.Node]) -> fx.Node:
-        parts = [
-            write(aten.mul.Scalar, value, share) for value, share in zip(values, shares, strict=True) if share
-        ]
+        parts = [write(aten.mul.Scalar, value, share) for value, share in zip(values, shares, strict=True) if share]
         total = parts[0]
         for part in parts[1:]:
             total = write(aten.add.Tensor, total, part)

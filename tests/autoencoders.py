@@ -149,9 +149,7 @@ def _dc() -> nn.Module:
 
 
 AUTOENCODERS: dict[str, Autoencoder] = {
-    "flux": Autoencoder(
-        _kl("AutoencoderKL", latent_channels=5, use_quant_conv=False, use_post_quant_conv=False), 5, 4
-    ),
+    "flux": Autoencoder(_kl("AutoencoderKL", latent_channels=5, use_quant_conv=False, use_post_quant_conv=False), 5, 4),
     "stable_diffusion": Autoencoder(_kl("AutoencoderKL", latent_channels=4), 4, 4),
     "flux2": Autoencoder(_kl("AutoencoderKLFlux2", latent_channels=5), 5, 4),
     "qwen_image": Autoencoder(_causal("AutoencoderKLQwenImage"), 4, 4, (1, 1)),

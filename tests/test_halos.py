@@ -135,9 +135,7 @@ def image(rows: int = ROWS, columns: int = COLUMNS, channels: int = 3) -> Tensor
 
 def stack(*layers: nn.Module) -> nn.Module:
     """A convolution in, one out, and layers between."""
-    return randomise(
-        nn.Sequential(nn.Conv2d(3, CHANNELS, 3, padding=1), *layers, nn.Conv2d(CHANNELS, 3, 3, padding=1))
-    )
+    return randomise(nn.Sequential(nn.Conv2d(3, CHANNELS, 3, padding=1), *layers, nn.Conv2d(CHANNELS, 3, 3, padding=1)))
 
 
 def conv(kernel: int = 3, **how: Any) -> nn.Module:

@@ -4,11 +4,12 @@
     python examples/benchmarks/vae.py --model AutoencoderKLWan
     python examples/benchmarks/vae.py --rows 16 --columns 16 --runs 1   # a few minutes
 
-diffusers' own classes at their real widths, with random weights, in float32 on one thread. A rank of 2 and one of 4 (the
-second: it has neighbours on both sides) runs with the "fake" process group, which carries nothing: so its time is what
-it computes. It takes turns with the whole decoder, compiled by Inductor, in one process; time is the processor's, of which
-other work on the machine takes less than of the clock's. "over its share" is the time of a rank times the number of
-ranks over the whole's. Peak memory is what a run adds to its process, by the kernel's count (Linux).
+diffusers' own classes at their real widths, with random weights, in float32 on one thread. A rank of 2 and one of 4
+(the second: it has neighbours on both sides) runs with the "fake" process group, which carries nothing: so its time is
+what it computes. It takes turns with the whole decoder, which `--compiler` compiles as well, in one process; time is
+the processor's, of which other work on the machine takes less than of the clock's. "time over its share" is the time of
+a rank times the number of ranks over the whole's. Peak memory is what a run adds to its process, by the kernel's count
+(Linux).
 
 Pictures are compared with the untiled one: those of all ranks, run in one process with real exchanges, and diffusers'
 own tiled one, of half the side with its overlap of a quarter.
@@ -74,7 +75,11 @@ def rank_beside_whole(arguments: argparse.Namespace, ranks: int) -> dict[str, An
     vae, latents = build(arguments)
     reports: list[Any] = []
     options = {"report": reports.append, "inputs": "trust", "compiler": arguments.compiler}
-    whole = torch.compile(decoder_of(vae), fullgraph=True, dynamic=False) if arguments.compiler == "inductor" else decoder_of(vae)
+    whole = (
+        torch.compile(decoder_of(vae), fullgraph=True, dynamic=False)
+        if arguments.compiler == "inductor"
+        else decoder_of(vae)
+    )
     rank = torch.compile(decoder_of(vae), backend="paracompile", fullgraph=True, dynamic=False, options=options)
     seconds: dict[str, list[float]] = {"whole": [], "rank": []}
     peaks = {}

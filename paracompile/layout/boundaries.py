@@ -115,8 +115,8 @@ def choose(
             seconds = machine.transfer(exchanged[operation], model)
             network.add_edge(number, whole, capacity=_picoseconds(seconds))
         elif attention is not None and exchanges(attention, places):
-            exchanged = [*operation.operands[:3], *operation.results]
-            seconds = sum(machine.transfer(bytes_of(value) / ranks, model) for value in exchanged)
+            moved = [*operation.operands[:3], *operation.results]
+            seconds = sum(machine.transfer(bytes_of(value) / ranks, model) for value in moved)
             network.add_edge(number, whole, capacity=_picoseconds(seconds))
 
     producers = {result: number for number, operation in enumerate(operations) for result in operation.results}

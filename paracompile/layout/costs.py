@@ -11,6 +11,7 @@ from paracompile.layout.plan import Plan
 
 __all__ = ["Cost", "cost_of"]
 
+
 @dataclass(frozen=True)
 class Cost:
     """What the fullest rank does in one call.

@@ -52,9 +52,9 @@ class Halo:
         dim: the dimension, in the operand and in the result.
         size, size_out: its size in the operand and in the result.
         step, scale, low, high: as in the formula above.
-        edge: what is read outside of the operand. "filled": `value`, put around the window before the operator is called
-            without padding of its own; "clipped": nothing; "repeated" and "mirrored": the operator pads with the first and
-            last position, or mirrors at them.
+        edge: what is read outside of the operand. "filled": `value`, put around the window before the operator is
+            called without padding of its own; "clipped": nothing; "repeated" and "mirrored": the operator pads with
+            the first and last position, or mirrors at them.
     """
 
     dim: int

@@ -147,9 +147,7 @@ def _has_windows(factor: Factor) -> bool:
     return any(span is not None and span.length != factor.size for span in factor.operands + factor.results)
 
 
-def _carry(
-    operation: Operation, slot: int, is_operand: bool, place: Place, seed: Seed
-) -> list[tuple[Value, Place]]:
+def _carry(operation: Operation, slot: int, is_operand: bool, place: Place, seed: Seed) -> list[tuple[Value, Place]]:
     """Where what is cut, found at `place` in one slot of the operation, sits in its other values."""
     carried: list[tuple[Value, Place]] = []
     for factor in _factors(operation, seed):

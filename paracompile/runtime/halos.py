@@ -43,7 +43,7 @@ def window_of(
     wanted: Sequence[Rows],
     rank: int,
     group: str,
-    fill: Fill = Fill(),  # noqa: B008 - frozen
+    fill: Fill,
 ) -> Any:
     """The positions `wanted[rank]` along `dim`, of which rank r holds `held[r]`.
 

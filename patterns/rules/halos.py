@@ -176,9 +176,7 @@ def on_narrowed_window(op: Op, halo: Halo, window: Window) -> dict[str, Any]:
 def nearest(spatial: int) -> Factors:
     """Each position, so many times."""
     return lambda op: [
-        factor
-        for dim, times in _times(op, spatial)
-        for factor in along(op, dim, scale=times, edge="clipped")
+        factor for dim, times in _times(op, spatial) for factor in along(op, dim, scale=times, edge="clipped")
     ]
 
 

@@ -182,7 +182,9 @@ RULES: Table = {
     ),
     aten.convolution.default: Rule(
         lambda op: _convolution(op, bool(op.arguments["transposed"])),
-        on_window=lambda op, halo, window: {} if op.arguments["transposed"] else halos.on_unpadded_window(op, halo, window),
+        on_window=lambda op, halo, window: (
+            {} if op.arguments["transposed"] else halos.on_unpadded_window(op, halo, window)
+        ),
     ),
     **{target: last(count) for count, targets in _PLANES.items() for target in targets},
     **{target: _resized(count, halos.nearest) for count, targets in _NEAREST.items() for target in targets},
