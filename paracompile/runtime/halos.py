@@ -56,8 +56,9 @@ def window_of(
     pieces = [_filled(call, x, shape, dim, fill.before, fill.value)] if fill.before else []
     arriving = [_both(held[other], wanted[rank]) if other != rank else 0 for other in range(len(held))]
     own = max(first, start), min(stop, end)
-    kept = [x if own == (first, stop) else _slice(call, x, dim, own[0] - first, own[1] - first)]
-    kept = kept if own[0] < own[1] else []
+    kept = []
+    if own[0] < own[1]:
+        kept = [x if own == (first, stop) else _slice(call, x, dim, own[0] - first, own[1] - first)]
     if any(_both(held[one], wanted[other]) for one in range(len(held)) for other in range(len(held)) if one != other):
         sent = [_both(held[rank], wanted[other]) if other != rank else 0 for other in range(len(held))]
         edges = [
