@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from random_tensors import draw, randomise
 from rule_check import check
 from small_models import SelfAttention, assert_sharded, shard, targets
@@ -308,3 +309,29 @@ def test_a_transformer_with_a_convolution_is_cut_along_its_tokens() -> None:
     sharded = assert_sharded(model, [draw(2, 48, 72)], 2)
     assert sharded.report.attentions == 1
     assert "conv1d.default" in targets(sharded.graphs[0])
+
+
+def test_a_denoiser_that_convolves_is_cut_along_its_images() -> None:
+    """Resolutions fall and rise again, and are joined across: each is cut where the coarsest is."""
+    model = randomise(
+        UNet2DConditionModel(
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=1,
+            block_out_channels=(8, 12),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=12,
+            attention_head_dim=4,
+            norm_num_groups=4,
+        )
+    )
+
+    def denoise(x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        result: Tensor = model(x, time, text, return_dict=False)[0]
+        return result
+
+    inputs = [draw(1, 4, 14, 6), torch.tensor(5.0), draw(1, 7, 12)]
+    sharded = assert_sharded(denoise, inputs, 2, tolerance=1e-5)
+    assert sharded.report.notes[0].startswith("images are cut along their height, 7 positions")
+    assert sharded.share < 0.75

@@ -60,3 +60,22 @@ def compiled_encoder(rank: int, name: str) -> tuple[Tensor, Tensor]:
 def test_a_compiled_encoder_gives_the_plain_one_s_latents(name: str, two_ranks: Pool) -> None:
     for found, expected in two_ranks.run(compiled_encoder, name):
         assert_equal(found, expected)
+
+
+def tiled(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A picture in diffusers' tiles, plainly and with the decoder compiled, and the untiled one."""
+    vae: Any = AUTOENCODERS["flux"].build()
+    latents = AUTOENCODERS["flux"].latents(7, 10)
+    with torch.no_grad():
+        untiled = decoding(vae)(latents)
+        vae.enable_tiling()
+        vae.tile_latent_min_size, vae.tile_sample_min_size = 8, 32
+        expected = decoding(vae)(latents)
+        vae.decoder = torch.compile(vae.decoder, backend="paracompile", options={"compiler": "eager", "timeout": 120})
+        return decoding(vae)(latents), expected, untiled
+
+
+def test_tiles_of_several_sizes_are_shared_and_give_the_tiled_picture(two_ranks: Pool) -> None:
+    for found, expected, untiled in two_ranks.run(tiled):
+        assert_equal(found, expected)
+        assert float((expected - untiled).abs().max()) > 1e-3
