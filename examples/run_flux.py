@@ -10,8 +10,8 @@ On GPUs, one a rank (nccl, bfloat16):
 
 Rank 0 runs the pipeline by itself first, the others wait. Then all ranks run it with the transformer and the VAE's
 decoder compiled by paracompile, from the same noise: with all blocks computed at each step, then with a threshold for
-the first block cache (one compile serves both). Rank 0 saves the pictures side by side and prints what was measured. Without torchrun there
-is one rank, and nothing is sharded.
+the first block cache (one compile serves both). Rank 0 saves the pictures side by side and prints what was measured.
+Without torchrun there is one rank, and nothing is sharded.
 """
 
 from __future__ import annotations
