@@ -9,13 +9,12 @@
 At the outer edges of the image there are the operator's own zeros (or mirrored rows, ...) instead of an edge row.
 
 Moments are merged as by Chan et al. (Updating formulae and a pairwise algorithm for computing sample variances, 1979):
-means and variances of parts, never sums of squares, which cancel. They are gathered rather than summed up, so that a
-single exchange is enough for that.
+means and variances of parts, each about its own mean, never sums of squares, which cancel. They are gathered rather
+than summed up, so that a single exchange is enough for that.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from math import prod
 
@@ -105,28 +104,43 @@ def _group_norm(
     assert operation.op is not None
     arguments = operation.op.arguments
     x, (rows, channels, *_) = operands[0], operation.op.operands[0]
-    groups, pixels = int(arguments["num_groups"]), len(operation.op.operands[0]) - 2
-    local = list(x.meta["val"].shape)
+    groups, pixels = int(arguments["num_groups"]), [1] * (len(operation.op.operands[0]) - 2)
     computed = torch.promote_types(x.meta["val"].dtype, torch.float32)
     wide = write(aten._to_copy.default, x, dtype=computed) if x.meta["val"].dtype != computed else x
-    grouped = write(aten.reshape.default, wide, [rows, groups, prod(local[1:]) // groups])
-    if 0 in local:
-        own = write(aten.new_zeros.default, grouped, [2, rows, groups], pin_memory=False)
-    else:
-        moments = write(aten.var_mean.correction, grouped, [2], correction=0)
-        own = write(aten.stack.default, [write(operator.getitem, moments, index) for index in (1, 0)])
     counts = [held.local_size(rank) for rank in range(axis.size)]
+    own = _moments(write, wide, [rows, groups, prod(x.meta["val"].shape[1:]) // groups])
     mean, variance = _merged(write, own, [count / sum(counts) for count in counts], axis)
     scale = write(aten.rsqrt.default, write(aten.add.Scalar, variance, arguments["eps"]))
-    mean, scale = (write(aten.unsqueeze.default, each, 2) for each in (mean, scale))
-    made = write(aten.mul.Tensor, write(aten.sub.Tensor, grouped, mean), scale)
-    made = write(aten.reshape.default, made, local)
-    for name, target in (("weight", aten.mul.Tensor), ("bias", aten.add.Tensor)):
-        if arguments[name] is not None:
-            each = write(aten.reshape.default, operands[arguments[name].index], [channels, *[1] * pixels])
-            made = write(target, made, each)
+    mean, scale = (_of_channels(write, each, [rows, groups, channels // groups], pixels) for each in (mean, scale))
+    parameters = {
+        name: write(aten.reshape.default, operands[arguments[name].index], [channels, *pixels])
+        for name in ("weight", "bias")
+        if arguments[name] is not None
+    }
+    if "weight" in parameters:
+        scale = write(aten.mul.Tensor, scale, parameters["weight"])
+    made = write(aten.mul.Tensor, write(aten.sub.Tensor, wide, mean), scale)
+    if "bias" in parameters:
+        made = write(aten.add.Tensor, made, parameters["bias"])
     dtype = operation.node.meta["val"].dtype
     return made if made.meta["val"].dtype == dtype else write(aten._to_copy.default, made, dtype=dtype)
+
+
+def _moments(write: GraphWriter, x: fx.Node, shape: Sequence[int]) -> fx.Node:
+    """Mean and variance of each group of this rank's part, of shape (2, rows, groups); zeros where it is empty."""
+    grouped = write(aten.reshape.default, x, list(shape))
+    if 0 in shape:
+        return write(aten.new_zeros.default, grouped, [2, *shape[:2]], pin_memory=False)
+    mean = write(aten.mean.dim, grouped, [2], True)
+    variance = write(aten.mean.dim, write(aten.square.default, write(aten.sub.Tensor, grouped, mean)), [2])
+    return write(aten.stack.default, [write(aten.squeeze.dim, mean, 2), variance])
+
+
+def _of_channels(write: GraphWriter, moment: fx.Node, shape: Sequence[int], pixels: Sequence[int]) -> fx.Node:
+    """What belongs to a group, once for each of its channels."""
+    rows, groups, each = shape
+    repeated = write(aten.expand.default, write(aten.unsqueeze.default, moment, 2), list(shape))
+    return write(aten.reshape.default, repeated, [rows, groups * each, *pixels])
 
 
 def _merged(write: GraphWriter, own: fx.Node, shares: Sequence[float], axis: Axis) -> tuple[fx.Node, fx.Node]:
