@@ -43,10 +43,19 @@ def plan_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ra
             half of its products can be cut.
     """
     all_operations = operations(gm.graph, rule_for)
-    if works_on_images(all_operations) and _plan_of_images(gm, all_operations, ranks.all, found):
+    on_images = works_on_images(all_operations)
+    if on_images and _plan_of_images(gm, all_operations, ranks.all, found):
         return gm
-    if found.why_a_piece is not None and not find_attentions(all_operations):
-        return gm  # the piece runs whole on every rank
+    if not find_attentions(all_operations):
+        if found.why_a_piece is not None:
+            return gm  # the piece runs whole on every rank
+        if on_images:
+            raise GraphError(
+                None,
+                f"none of its convolutions' results has {ranks.size} rows, columns or frames that the {ranks.size} "
+                "ranks could share",
+                "use fewer ranks, or larger images",
+            )
     tokens = _plan(gm, ranks.sequence, "tokens") if ranks.sequence_size > 1 else None
     if ranks.batch.size > 1:
         found.plans[ranks.batch.name] = _plan(gm, ranks.batch, "batch", tokens)

@@ -16,6 +16,7 @@ from small_models import SelfAttention, assert_sharded, shard, targets
 from torch import Tensor, nn
 
 import paracompile.passes.lower_neighbours as lower_neighbours
+from paracompile.errors import GraphError
 from paracompile.layout.factors import Place
 from paracompile.layout.halos import Halo
 from paracompile.layout.places import backward, forward
@@ -280,6 +281,11 @@ def test_attention_among_pixels(size: tuple[int, int], ranks: int) -> None:
 def test_all_ranks_of_a_mesh_share_an_image(mesh: dict[str, int]) -> None:
     sharded = assert_sharded(stack(nn.GroupNorm(2, CHANNELS), conv(padding=1)), [image(16)], mesh, tolerance=5e-6)
     assert sharded.share < 1.1 / len(sharded.graphs)
+
+
+def test_images_that_are_too_small_for_the_ranks_are_an_error() -> None:
+    with pytest.raises(GraphError, match="none of its convolutions' results has 4 rows, columns or frames"):
+        shard(stack(), [image(3, 3)], 4)
 
 
 class Video(nn.Module):
