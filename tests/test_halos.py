@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
@@ -178,6 +179,31 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 def test_a_layer_on_rows(layer: str, ranks: int) -> None:
     sharded = assert_sharded(stack(LAYERS[layer]()), [image()], ranks, tolerance=5e-6)
     assert sharded.plan.cuts
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=pytest.mark.full if seed >= 8 else ()) for seed in range(60)]
+)
+def test_layers_in_any_order(seed: int) -> None:
+    """Residuals where the size stays, odd sizes, as many as eight ranks, and parts of a row or none."""
+    choose = random.Random(seed)
+    layers = [LAYERS[choose.choice(sorted(LAYERS))]() for _ in range(choose.randint(2, 5))]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+            self.first, self.last = conv(padding=1), conv(padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for layer in self.layers:
+                y = layer(x)
+                x = x + y if y.shape == x.shape else y
+            return self.last(x)
+
+    size = choose.randint(15, 24), choose.randint(15, 18)
+    assert_sharded(randomise(Model()), [draw(1, CHANNELS, *size)], choose.randint(2, 8), tolerance=2e-5)
 
 
 def test_rows_are_cut_where_there_are_more_and_columns_where_there_are_more() -> None:
