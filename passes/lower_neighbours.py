@@ -16,6 +16,7 @@ than summed up, so that a single exchange is enough for that.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -87,12 +88,10 @@ def _on_window(
         shape = list(result.local_shape(op.results[0], axis.rank))
         like = operation.node.meta["val"]
         return write(aten.new_empty.default, x, shape, dtype=like.dtype, device=like.device, pin_memory=False)
-    there = type(op)(
-        op.target, {**op.arguments, **rule.on_window(op, halo, window)}, op.operands, op.results, op.dtypes
-    )
-    called = Operation(operation.node, there, rule, operation.operands, operation.results)
-    args, kwargs = spelled(called, [x, *operands[1:]])
-    made = write(op.target, *args, **kwargs)
+    target = rule.window_target or op.target
+    there = replace(op, target=target, arguments={**op.arguments, **rule.on_window(op, halo, window)})
+    args, kwargs = spelled(replace(operation, op=there), [x, *operands[1:]])
+    made = write(target, *args, **kwargs)
     if window.skip or made.meta["val"].shape[dim] != window.count:
         made = write(aten.slice.Tensor, made, dim, window.skip, window.skip + window.count)
     return made

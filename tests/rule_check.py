@@ -253,7 +253,9 @@ def on_window(op: Op, rule: Rule, halo: Halo, tensors: Sequence[Tensor], start: 
         before, after = (part.new_full(size, halo.value) for size in sizes)
         part = torch.cat([before, part, after], halo.dim)
     assert rule.on_window is not None, "no way to call the operator on a window"
-    (found,) = run(op.target, op.arguments | rule.on_window(op, halo, window), [part, *tensors[1:]])
+    (found,) = run(
+        rule.window_target or op.target, op.arguments | rule.on_window(op, halo, window), [part, *tensors[1:]]
+    )
     return found.narrow(halo.dim, window.skip, window.count)
 
 

@@ -39,6 +39,13 @@ def test_windows_of_convolutions(kernel: int, stride: int, dilation: int) -> Non
         assert verdict.halos == ((kernel, stride, padding) != (1, 1, 0))
 
 
+def test_windows_of_convolutions_whose_padding_has_a_name() -> None:
+    x = draw(1, 2, 9, 8)
+    for kernel, padding, halos in (((3, 5), "same", 2), ((3, 3), "valid", 2), ((3, 2), "same", 0)):
+        verdict = check(aten.conv2d.padding, x, draw(3, 2, *kernel), padding=padding, search=False)
+        assert (verdict.wrong, verdict.halos) == ([], halos)
+
+
 @pytest.mark.parametrize("kernel, stride, padding", [*product((1, 2, 3, 4, 5), (1, 2, 3), (0, 1, 2))])
 def test_windows_of_transposed_convolutions(kernel: int, stride: int, padding: int) -> None:
     for more, dilation in product(range(stride), (1, 2)):
@@ -150,6 +157,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "wide kernel": lambda: conv(7, padding=3),
     "even kernel": lambda: conv(4, padding=2),
     "without padding": lambda: conv(3),
+    "as large as before": lambda: conv((3, 5), padding="same", dilation=2),
     "much padding": lambda: conv(3, padding=4),
     "dilated": lambda: conv(3, padding=4, dilation=4),
     "of each channel": lambda: conv(5, padding=2, groups=CHANNELS),

@@ -124,12 +124,15 @@ class Rule:
             `split_with_sizes`); then `localise` must give all of its non-tensor arguments.
         on_window: the arguments that change where a rank calls the operator on a window of its first operand
             (`Factor.halo`); for operators without such factors None.
+        window_target: the overload that is called on a window, where it is another one (padding by a name becomes
+            padding in numbers).
     """
 
     factors: Callable[[Op], Sequence[Factor]]
     localise: Callable[[Op, Local], dict[str, Any]] | None = None
     local_target: OpOverload[..., Any] | None = None
     on_window: Callable[[Op, Halo, Window], dict[str, Any]] | None = None
+    window_target: OpOverload[..., Any] | None = None
 
 
 def whole(shape: Shape, dim: int) -> Span:

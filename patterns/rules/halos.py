@@ -49,17 +49,26 @@ def convolution(op: Op) -> list[Factor]:
     """A convolution along each spatial dimension in which its windows reach over to the neighbours."""
     image, weight = op.operands[:2]
     spatial = len(weight) - 2
-    padding = op.arguments["padding"]
-    if isinstance(padding, str) and padding != "valid":
-        return []
+    padding = _in_numbers(op)
     factors = []
-    for axis, kernel in enumerate(weight[2:]):
+    for axis, kernel in enumerate(weight[2:] if padding is not None else ()):
         stride, dilation = at(op.arguments["stride"], axis), at(op.arguments["dilation"], axis)
-        before = 0 if isinstance(padding, str) else at(padding, axis)
+        before = at(padding, axis)
         dim = len(image) - spatial + axis
         if (kernel, stride, before) != (1, 1, 0):
             factors += along(op, dim, step=stride, low=-before, high=dilation * (kernel - 1) - before)
     return factors
+
+
+def _in_numbers(op: Op) -> list[int] | None:
+    """A convolution's padding, also where it is given by name; None where that pads more at one side than the other."""
+    padding, kernels = op.arguments["padding"], op.operands[1][2:]
+    if not isinstance(padding, str):
+        return [at(padding, axis) for axis in range(len(kernels))]
+    if padding == "valid":
+        return [0] * len(kernels)
+    both = [at(op.arguments["dilation"], axis) * (kernel - 1) for axis, kernel in enumerate(kernels)]
+    return [each // 2 for each in both] if all(each % 2 == 0 for each in both) else None
 
 
 def transposed_convolution(op: Op) -> list[Factor]:
@@ -79,10 +88,9 @@ def transposed_convolution(op: Op) -> list[Factor]:
 
 def on_unpadded_window(op: Op, halo: Halo, window: Window) -> dict[str, Any]:
     """What the operator pads along the halo is in the window already."""
-    padding = op.arguments["padding"]
-    if isinstance(padding, str):
-        return {}
-    spatial = len(op.operands[1]) - 2
+    padding = _in_numbers(op)
+    assert padding is not None
+    spatial = len(padding)
     return {"padding": instead(padding, halo.dim - (len(op.operands[0]) - spatial), spatial, 0)}
 
 

@@ -11,6 +11,7 @@ there is a halo.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -171,12 +172,17 @@ RULES: Table = {
             aten.conv1d.default,
             aten.conv2d.default,
             aten.conv3d.default,
-            aten.conv1d.padding,
-            aten.conv2d.padding,
-            aten.conv3d.padding,
         ],
         _CONVOLUTION,
     ),
+    **{
+        by_name: replace(_CONVOLUTION, window_target=in_numbers)
+        for by_name, in_numbers in (
+            (aten.conv1d.padding, aten.conv1d.default),
+            (aten.conv2d.padding, aten.conv2d.default),
+            (aten.conv3d.padding, aten.conv3d.default),
+        )
+    },
     **dict.fromkeys(
         [aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input], _TRANSPOSED
     ),
