@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from autoencoders import AUTOENCODERS, decoding, encoding
 from capture import assert_equal
 from pool import Pool
-from torch import Tensor
+from random_tensors import draw, randomise
+from torch import Tensor, nn
 
 from paracompile import init_mesh
 from paracompile.report.report import Report
@@ -60,6 +62,39 @@ def compiled_encoder(rank: int, name: str) -> tuple[Tensor, Tensor]:
 def test_a_compiled_encoder_gives_the_plain_one_s_latents(name: str, two_ranks: Pool) -> None:
     for found, expected in two_ranks.run(compiled_encoder, name):
         assert_equal(found, expected)
+
+
+class Broken(nn.Module):
+    """A graph break between convolutions, and after them a piece without any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 5, padding=2)
+        self.out = nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        torch._dynamo.graph_break()
+        x = self.after(x)
+        torch._dynamo.graph_break()
+        return self.out(x)
+
+
+def broken(rank: int) -> tuple[Tensor, Tensor, list[int]]:
+    model, x = randomise(Broken()), draw(1, 3, 9, 7)
+    reports: list[Report] = []
+    options = {"compiler": "eager", "report": reports.append, "timeout": 120}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = model(x)
+        found = torch.compile(model, backend="paracompile", options=options)(x)
+    return found, expected, [report.ranks for report in reports]
+
+
+def test_pieces_that_convolve_are_shared_and_others_run_whole(two_ranks: Pool) -> None:
+    for found, expected, ranks in two_ranks.run(broken):
+        assert_equal(found, expected)
+        assert ranks == [2, 2, 1]
 
 
 def tiled(rank: int) -> tuple[Tensor, Tensor, Tensor]:
