@@ -8,10 +8,10 @@ On GPUs, one a rank (nccl, bfloat16):
 
     torchrun --nproc-per-node 4 examples/run_flux.py --model black-forest-labs/FLUX.1-dev
 
-Rank 0 runs the pipeline by itself first, the others wait. Then all ranks run it with the transformer compiled by
-paracompile, from the same noise: with all blocks computed at each step, then with a threshold for the first block cache
-(one compile serves both). Rank 0 saves the pictures side by side and prints what was measured. Without torchrun there
-is one rank, and nothing is sharded.
+Rank 0 runs the pipeline by itself first, the others wait. Then all ranks run it with the transformer and the VAE's
+decoder compiled by paracompile, from the same noise: with all blocks computed at each step, then with a threshold for
+the first block cache (one compile serves both). Rank 0 saves the pictures side by side and prints what was measured.
+Without torchrun there is one rank, and nothing is sharded.
 """
 
 from __future__ import annotations
@@ -227,6 +227,18 @@ def sharding_rows(plain: Run, sharded: Run, reports: Sequence[paracompile.Report
     return rows
 
 
+def decoder_rows(reports: Sequence[paracompile.Report]) -> list[tuple[str, str]]:
+    """How the ranks share the VAE's decoder."""
+    (report,) = reports
+    cut = report.notes[0].partition("along their ")[2].partition(" ")[0].rstrip(",")
+    return [
+        ("VAE decoder, cut along its", cut),
+        ("VAE decoder, share of the flops on a rank", f"{report.flops_rank / report.flops_whole:.1%}"),
+        ("VAE decoder, collectives per picture", f"{sum(report.collectives.values())}"),
+        ("VAE decoder, bytes sent by a rank per picture", f"{report.bytes_sent:,}"),
+    ]
+
+
 def cache_rows(
     plain: Run, cached: Run, reports: Sequence[paracompile.Report], stats: paracompile.CacheStats, rdt: float
 ) -> list[tuple[str, str]]:
@@ -269,6 +281,14 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.count > 1:
         backend_options["mesh"] = paracompile.init_mesh(ranks.device.type, max_ulysses_dim_size=options.ulysses)
     pipeline.transformer = torch.compile(pipeline.transformer, backend="paracompile", options=backend_options)
+    decoder_reports: list[paracompile.Report] = []
+    if ranks.count > 1:
+        decoder_options = {
+            "compiler": options.compiler,
+            "report": decoder_reports.append,
+            "mesh": backend_options["mesh"],
+        }
+        pipeline.vae.decoder = torch.compile(pipeline.vae.decoder, backend="paracompile", options=decoder_options)
     if options.rdt:
         paracompile.set_rdt(pipeline.transformer, 0)
     sharded = generate(pipeline, ranks, "paracompile", **arguments)
@@ -280,9 +300,11 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
     if plain is None:
         return
     if options.report:
-        print(*reports, sep="\n\n")
+        print(*reports, *decoder_reports, sep="\n\n")
     count = f"{ranks.count} rank{'s' * (ranks.count > 1)}"
     rows = sharding_rows(plain, sharded, reports, ranks.count)
+    if decoder_reports:
+        rows += decoder_rows(decoder_reports)
     pictures = {
         f"plain, 1 rank, {seconds(plain.step)} a step": plain.pixels,
         f"paracompile, {count}, {seconds(sharded.step)} a step": sharded.pixels,

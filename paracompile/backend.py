@@ -74,7 +74,7 @@ def paracompile(
     found = Found(why_a_piece=captured.why_a_piece)
     if found.why_a_piece is not None and not optional:
         warnings.warn(in_pieces(found.why_a_piece, ranks=ranks, caches=chosen.caches), stacklevel=2)
-    if found.why_a_piece is not None and not ranks.is_single and not captured.has_attention():
+    if found.why_a_piece is not None and not ranks.is_single and not captured.may_be_shared():
         return _whole_on_every_rank(captured, chosen, ranks, found, agreement)
 
     lengths = None if chosen.shard_inputs else _lengths(gm, ranks, agreement)

@@ -30,6 +30,7 @@ from paracompile.patterns.numbers import Numbers, find_numbers
 __all__ = ["Captured"]
 
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,10 @@ class Captured:
         """The class of the module that the graph is of."""
         return next(iter(self.classes), "a function")
 
-    def has_attention(self) -> bool:
-        """Whether there is any attention that may be shared."""
+    def may_be_shared(self) -> bool:
+        """Whether there is any attention, or any convolution over neighbours, that ranks may share."""
         return any(
-            node.target is F.scaled_dot_product_attention
+            node.target is F.scaled_dot_product_attention or _mixes_neighbours(node)
             for part in self.gm.modules()
             if isinstance(part, fx.GraphModule)
             for node in part.graph.nodes
@@ -171,6 +172,19 @@ class Captured:
 
     def has_repeated_blocks(self) -> bool:
         return bool(find_blocks(self.gm.graph))
+
+
+def _mixes_neighbours(node: fx.Node) -> bool:
+    """Whether a node is a convolution whose kernel has more than one position, and more than it steps by."""
+    if node.target not in _CONVOLUTIONS:
+        return False
+    named: dict[str, Any] = {**dict(zip(("input", "weight", "bias", "stride"), node.args, strict=False)), **node.kwargs}
+    weight, stride = named["weight"].meta.get("example_value"), named.get("stride", 1)
+    if not isinstance(weight, torch.Tensor):
+        return False
+    kernel = weight.shape[2:]
+    strides = tuple(stride) if isinstance(stride, (list, tuple)) else (stride,)
+    return any(size > step for size, step in zip(kernel, strides * len(kernel), strict=False))
 
 
 def _running_model() -> set[str]:

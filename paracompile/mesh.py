@@ -155,6 +155,11 @@ class Ranks:
         return Axis("sequence", self.sequence_size, self.sequence_rank, self.sequence_group)
 
     @property
+    def all(self) -> Axis:
+        """All axes as one: the ranks that share an image."""
+        return Axis("all", self.size, self.flat_rank, self.group)
+
+    @property
     def flat_rank(self) -> int:
         """This rank's place in the whole mesh, in the order (batch, ring, ulysses)."""
         return self.batch.rank * self.sequence_size + self.sequence_rank

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from paracompile.layout.costs import Cost
 from paracompile.layout.plan import Plan
 
 __all__ = ["CacheLayout", "Found", "Skipped"]
@@ -69,6 +70,8 @@ class Found:
     attributes:
         why_a_piece: why the graph is only a piece of its model (`Captured`); None where it is all of it.
         plans: by mesh axis, what its ranks cut and how (`plan_layouts`).
+        dimensions: where images are cut, the name of the spatial dimension that is and what it costs, then those of
+            the others (`plan_layouts`); none where tokens are.
         together: how many attentions have their queries, keys and values in one exchange (`lower`).
         skipped: what may be skipped (`mark_blocks`); None without a cache, or where no blocks are.
         masks_dropped: how many attentions got along without their mask (`drop_masked_keys`).
@@ -79,6 +82,7 @@ class Found:
 
     why_a_piece: str | None = None
     plans: dict[str, Plan] = field(default_factory=dict)
+    dimensions: tuple[tuple[str, Cost], ...] = ()
     skipped: Skipped | None = None
     together: int = 0
     masks_dropped: int = 0

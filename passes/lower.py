@@ -32,7 +32,8 @@ from paracompile.mesh import Axis, Ranks
 from paracompile.passes.found import Found
 from paracompile.passes.localise import localised
 from paracompile.passes.lower_attention import AttentionOnTokens, UnifiedAttention
-from paracompile.passes.split_and_gather import shardings_of
+from paracompile.passes.lower_neighbours import with_neighbours
+from paracompile.passes.split_and_gather import neighbours_of, shardings_of
 from paracompile.passes.tokens import all_tokens, own_tokens
 from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import AUTOCAST_EDGES, ENTER_AUTOCAST
@@ -72,7 +73,7 @@ class _Lowering:
 
     def __init__(self, gm: fx.GraphModule, attention: UnifiedAttention, ranks: Ranks) -> None:
         self.gm = gm
-        self.axes = {axis.name: axis for axis in (ranks.batch, ranks.sequence)}
+        self.axes = {axis.name: axis for axis in (ranks.batch, ranks.sequence, ranks.all)}
         self.attention = attention
         self.by_node = {operation.node: operation for operation in operations(gm.graph, rule_for)}
         fake_mode = detect_fake_mode([node.meta["val"] for node in gm.graph.nodes if is_tensor(node)])
@@ -119,7 +120,7 @@ class _Lowering:
         elif node.target is UNIFIED_ATTENTION:
             written = self._unified_attention(operation)
         elif any(map(shardings_of, operation.results)):
-            if all(0 in self._local_shape(value) for value in operation.results):
+            if all(0 in self._local_shape(value) for value in operation.results) and not neighbours_of(node):
                 self._empty(operation)
                 return
             written = self._cut(operation)
@@ -185,7 +186,7 @@ class _Lowering:
         if tuple(found.shape) != expected or found.dtype != dtype:
             raise GraphError(
                 value.node,
-                f"on rank {self.axes['sequence'].rank} it has the shape {tuple(found.shape)} ({found.dtype}) where the "
+                f"on rank {self.axes['all'].rank} it has the shape {tuple(found.shape)} ({found.dtype}) where the "
                 f"analysis expects {expected} ({dtype})",
                 "this is a mistake in paracompile's rule for the operator: please report it with the graph that "
                 'options={"dump": FOLDER} writes',
@@ -239,11 +240,15 @@ class _Lowering:
     def _cut(self, operation: Operation) -> fx.Node:
         """Writes the operation on local operands, with its size arguments made local, axis by axis."""
         operands = [self.values[value] for value in operation.operands]
+        neighbours = neighbours_of(operation.node)
         of_operands, of_results = (
             [{axis.name: sharding for axis, sharding in self._cuts(value)} for value in values]
             for values in (operation.operands, operation.results)
         )
         for name, axis in self.axes.items():
+            if name in neighbours:
+                held, result = of_operands[0].get(name), of_results[0][name]
+                return with_neighbours(self.write, operation, neighbours[name], operands, held, result, axis)
             if name in of_results[0]:
                 operation = localised(
                     operation,

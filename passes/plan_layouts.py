@@ -17,15 +17,20 @@ import torch
 from torch import fx
 
 from paracompile.errors import GraphError
-from paracompile.layout.graph import Operation, shape_of
+from paracompile.layout.boundaries import Machine
+from paracompile.layout.costs import cost_of
+from paracompile.layout.graph import Operation, operations, shape_of
 from paracompile.layout.places import Seed
 from paracompile.layout.plan import Plan, make_plan
 from paracompile.mesh import Axis, Ranks
 from paracompile.passes.found import Found
 from paracompile.patterns.attention import find_attentions
+from paracompile.patterns.convolutions import DIMENSIONS, spatial_seeds, works_on_images
 from paracompile.patterns.flops import attention_flops, flops_of
 from paracompile.patterns.rules import rule_for
 
+_IMAGES = Machine(start=3e-4)
+"""A decoder at its real size computes longer than a step of a transformer, and exchanges often, and little."""
 _WORTH_SHARING = 0.5
 """The least share of a model's products that must be cut where its largest attention cannot be."""
 
@@ -34,9 +39,23 @@ def plan_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ra
     """Finds a plan for each axis of more than one rank; changes nothing.
 
     raises:
-        GraphError: no attention, random numbers inside the model, or neither its largest attention nor half of its
-            products can be cut.
+        GraphError: no attention and no images, random numbers inside the model, or neither its largest attention nor
+            half of its products can be cut.
     """
+    all_operations = operations(gm.graph, rule_for)
+    on_images = works_on_images(all_operations)
+    if on_images and _plan_of_images(gm, all_operations, ranks.all, found):
+        return gm
+    if not find_attentions(all_operations):
+        if found.why_a_piece is not None:
+            return gm  # the piece runs whole on every rank
+        if on_images:
+            raise GraphError(
+                None,
+                f"none of its convolutions' results has {ranks.size} rows, columns or frames that the {ranks.size} "
+                "ranks could share",
+                "use fewer ranks, or larger images",
+            )
     tokens = _plan(gm, ranks.sequence, "tokens") if ranks.sequence_size > 1 else None
     if ranks.batch.size > 1:
         found.plans[ranks.batch.name] = _plan(gm, ranks.batch, "batch", tokens)
@@ -45,8 +64,34 @@ def plan_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ra
     return gm
 
 
+def _plan_of_images(gm: fx.GraphModule, all_operations: Sequence[Operation], axis: Axis, found: Found) -> bool:
+    """Finds the cheapest plan among those of all spatial dimensions; whether there is one."""
+    choices = []
+    for seed in spatial_seeds(all_operations, axis.size):
+        plan = _made(gm, axis, seed, machine=_IMAGES)
+        if plan.cuts:
+            choices.append((cost_of(plan, flops_of, axis.size, _IMAGES), DIMENSIONS[seed.dim], plan))
+    if not choices:
+        return False
+    choices.sort(key=lambda choice: choice[0].seconds)
+    found.plans[axis.name] = choices[0][2]
+    found.dimensions = tuple((name, cost) for cost, name, _ in choices)
+    _check_randomness(found.plans[axis.name])
+    return True
+
+
 def _plan(gm: fx.GraphModule, axis: Axis, seed: Seed, beside: Plan | None = None) -> Plan:
-    plan = make_plan(
+    plan = _made(gm, axis, seed, beside)
+    _check_randomness(plan)
+    _check_flex_attention(gm.graph, plan, axis)
+    _check_attention(plan, axis, seed)
+    return plan
+
+
+def _made(
+    gm: fx.GraphModule, axis: Axis, seed: Seed, beside: Plan | None = None, machine: Machine | None = None
+) -> Plan:
+    return make_plan(
         gm.graph,
         rule_for=rule_for,
         find_attentions=find_attentions,
@@ -54,11 +99,8 @@ def _plan(gm: fx.GraphModule, axis: Axis, seed: Seed, beside: Plan | None = None
         ranks=axis.size,
         seed=seed,
         beside=beside,
+        machine=machine,
     )
-    _check_randomness(plan)
-    _check_flex_attention(gm.graph, plan, axis)
-    _check_attention(plan, axis, seed)
-    return plan
 
 
 def _check_flex_attention(graph: fx.Graph, plan: Plan, axis: Axis) -> None:

@@ -20,13 +20,14 @@ from torch import fx
 from torch._ops import OpOverload
 
 import paracompile.runtime.placement as placement
+from paracompile.layout.factors import Factor
 from paracompile.layout.graph import Value, is_tensor, node_of, spelled, value_of
 from paracompile.layout.plan import Plan, Sharding
 from paracompile.passes.found import Found
 from paracompile.passes.mark_blocks import part_of, roles_of
 from paracompile.passes.writer import PROVENANCE
 
-__all__ = ["Form", "shardings_of", "split_and_gather"]
+__all__ = ["Form", "neighbours_of", "shardings_of", "split_and_gather"]
 
 Form = Mapping[str, Sharding]
 """How a value is cut, by mesh axis; whole along an axis that is not there."""
@@ -44,6 +45,12 @@ def shardings_of(value: Value) -> Form:
     """How a value of a graph that was split is cut, by mesh axis."""
     by_axis: dict[str, tuple[Sharding, ...]] = value.node.meta.get("shardings", {})
     return {axis: of_results[value.index] for axis, of_results in by_axis.items()}
+
+
+def neighbours_of(node: fx.Node) -> Mapping[str, Factor]:
+    """The factor along which a node needs something of other ranks' parts, by mesh axis."""
+    found: Mapping[str, Factor] = node.meta.get("neighbours", {})
+    return found
 
 
 def _form_of(node: fx.Node) -> Form:
@@ -71,6 +78,9 @@ class _Resharding:
             if plan.cuts_node(node):
                 results = tuple(plan.result(value) for value in plan.by_node[node].results)
                 node.meta["shardings"] = {**node.meta.get("shardings", {}), axis: results}
+                factor = plan.cuts[plan.by_node[node]].factor
+                if not factor.is_independent:
+                    node.meta["neighbours"] = {axis: factor}
 
     def _reshard_operands(self, node: fx.Node) -> None:
         """Gives a node its operands in the form that the plans say it takes."""

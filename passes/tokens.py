@@ -26,6 +26,9 @@ _CARRIED = {torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64} | _FL
 def own_tokens(call: Call, x: Any, shape: Shape, sharding: Sharding, rank: int) -> Any:
     """The part that `rank` holds of `x`, a whole value of `shape`: its piece of each segment, joined."""
     place = sharding.place
+    if place.has_margins:
+        start, stop = sharding.bounds(rank)
+        return call(aten.slice.Tensor, x, place.dim, start, stop)
     pieces, start = [], 0
     opened = _open(call, x, shape, place, place.length)
     for length in sharding.segments:
@@ -45,7 +48,17 @@ def all_tokens(call: Call, x: Any, shape: Shape, sharding: Sharding, rank: int, 
     """
     place, shares = sharding.place, sharding.shares
     ranks = shares.ranks
-    locals_ = [sharding.local(other) for other in range(ranks)]
+    if place.has_margins:  # position by position
+        locals_ = [sharding.local_size(other) for other in range(ranks)]
+        pieces_of = [(other, 0, count) for other, count in enumerate(locals_)]
+        place = Place(place.dim, place.size)
+    else:
+        locals_ = [sharding.local(other) for other in range(ranks)]
+        pieces_of = [
+            (other, shares.local(sharding.segments[:number], other), shares.of(length)[other])
+            for number, length in enumerate(sharding.segments)
+            for other in range(ranks)
+        ]
     longest = max(locals_)
     dim = place.dim + (place.outer > 1)
     x = _open(call, x, sharding.local_shape(shape, rank), place, locals_[rank])
@@ -62,13 +75,10 @@ def all_tokens(call: Call, x: Any, shape: Shape, sharding: Sharding, rank: int, 
     opened = _opened_shape(shape, place, longest)
     parts = call(aten.reshape.default, parts, [ranks, *opened])
     pieces = []
-    for number, length in enumerate(sharding.segments):
-        for other in range(ranks):
-            count = shares.of(length)[other]
-            start = shares.local(sharding.segments[:number], other)
-            if count:
-                part = call(aten.select.int, parts, 0, other)
-                pieces.append(call(aten.slice.Tensor, part, dim, start, start + count))
+    for other, start, count in pieces_of:
+        if count:
+            part = call(aten.select.int, parts, 0, other)
+            pieces.append(call(aten.slice.Tensor, part, dim, start, start + count))
     return _close(call, call(aten.cat.default, pieces, dim), shape, place)
 
 

@@ -85,7 +85,7 @@ def _convolution(op: Op) -> int:
 
 
 _TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
-_CONVOLUTIONS = {
+CONVOLUTIONS = {
     aten.conv1d.default,
     aten.conv1d.padding,
     aten.conv2d.default,
@@ -116,5 +116,5 @@ _FORMULAS: dict[OpOverload[..., object], Callable[[Op], int]] = {
     torch.ops.paracompile.attention_with_lse.default: _attention,
     torch.ops.paracompile.attention_to_visible.default: _attention,
     torch.ops.paracompile.attention_with_lse_to_visible.default: _attention,
-    **dict.fromkeys(_CONVOLUTIONS, _convolution),
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
 }

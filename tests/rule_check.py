@@ -6,6 +6,8 @@ rank runs the operator on its part; the parts are put together again and must be
 *Missing*: every way to halve one dimension of each operand (or to leave it whole) and one dimension of each result is
 tried; what works for two fills with random values ought to be listed. Only cuts of plain dimensions are tried this way.
 
+*Windows*: along a factor with a halo, each rank runs the operator on the window that its part of the result is made of.
+
 The method is that of PyTorch's `torch/distributed/tensor/_ops/strategy_validation.py`.
 """
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from paracompile.layout.factors import Factor, Local, Op, Operand, Rule, Span
+from paracompile.layout.halos import Halo
 from paracompile.patterns.rules import rule_for
 
 UNINITIALISED = {torch.ops.aten.empty_like.default, torch.ops.aten.empty.memory_format}
@@ -28,11 +31,12 @@ UNINITIALISED = {torch.ops.aten.empty_like.default, torch.ops.aten.empty.memory_
 
 @dataclass
 class Verdict:
-    """What a check found; `listed` is how many factors were cut."""
+    """What a check found; `listed` is how many independent factors were cut, `halos` along how many windows were."""
 
     wrong: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     listed: int = 0
+    halos: int = 0
 
 
 def check(target: Any, *args: Any, rule: Rule | None = None, search: bool = True, **kwargs: Any) -> Verdict:
@@ -40,10 +44,13 @@ def check(target: Any, *args: Any, rule: Rule | None = None, search: bool = True
     rule = rule or rule_for(target)
     assert rule is not None, f"{target} has no rule"
     op, tensors = describe(target, args, kwargs)
-    factors = rule.factors(op)
-    verdict = Verdict(listed=len(factors))
+    factors = [factor for factor in rule.factors(op) if factor.is_independent]
+    halos = [factor.halo for factor in rule.factors(op) if factor.halo is not None]
+    verdict = Verdict(listed=len(factors), halos=len(halos))
     for factor in factors:
         verdict.wrong += wrong_cuts(op, rule, factor, tensors)
+    for halo in halos:
+        verdict.wrong += wrong_windows(op, rule, halo, tensors)
     if search:
         verdict.missing = missing_factors(op, rule, factors, tensors)
     return verdict
@@ -217,6 +224,39 @@ def same(found: Tensor, reference: Tensor, target: Any) -> bool:
     if reference.is_floating_point() or reference.is_complex():
         return torch.allclose(found, reference, rtol=1e-4, atol=1e-5, equal_nan=True)
     return torch.equal(found, reference)
+
+
+# Windows
+
+
+def wrong_windows(op: Op, rule: Rule, halo: Halo, tensors: Sequence[Tensor]) -> Iterator[str]:
+    """Makes every part of the result of its window of the first operand and yields what went wrong."""
+    (reference,) = run(op.target, op.arguments, tensors)
+    parts = [(start, stop) for start in range(halo.size_out) for stop in range(start + 1, halo.size_out + 1)]
+    for start, stop in parts:
+        try:
+            found = on_window(op, rule, halo, tensors, start, stop)
+        except Exception as error:  # noqa: BLE001 - whatever the operator raises
+            yield f"{halo}: part {start, stop}: {type(error).__name__}: {str(error).splitlines()[0]}"
+            continue
+        if not same(found, reference.narrow(halo.dim, start, stop - start), op.target):
+            yield f"{halo}: part {start, stop}: values differ"
+
+
+def on_window(op: Op, rule: Rule, halo: Halo, tensors: Sequence[Tensor], start: int, stop: int) -> Tensor:
+    """Positions `[start, stop)` of the result, made of what they need and nothing else."""
+    window = halo.window(start, stop)
+    part = tensors[0].narrow(halo.dim, window.start, window.stop - window.start)
+    if halo.edge == "filled":
+        sizes = [[*part.shape] for _ in range(2)]
+        sizes[0][halo.dim], sizes[1][halo.dim] = window.before, window.after
+        before, after = (part.new_full(size, halo.value) for size in sizes)
+        part = torch.cat([before, part, after], halo.dim)
+    assert rule.on_window is not None, "no way to call the operator on a window"
+    (found,) = run(
+        rule.window_target or op.target, op.arguments | rule.on_window(op, halo, window), [part, *tensors[1:]]
+    )
+    return found.narrow(halo.dim, window.skip, window.count)
 
 
 # Missing factors

@@ -396,7 +396,7 @@ for count, target in (
 for count, pads in (
     (1, (aten.reflection_pad1d.default, aten.replication_pad1d.default)),
     (2, (aten.reflection_pad2d.default, aten.replication_pad2d.default)),
-    (3, (aten.replication_pad3d.default,)),
+    (3, (aten.reflection_pad3d.default, aten.replication_pad3d.default)),
 ):
     sample(lambda s, count=count: call(r(*IMAGES[count]), [1, 2] * count), *pads)
 for count, target in (
@@ -406,7 +406,7 @@ for count, target in (
         (3, aten.adaptive_avg_pool3d.default),
     ),
     *((1, aten.upsample_nearest1d.default), (2, aten.upsample_nearest2d.default), (3, aten.upsample_nearest3d.default)),
-    (2, aten._upsample_nearest_exact2d.default),
+    *((2, aten._upsample_nearest_exact2d.default), (3, aten._upsample_nearest_exact3d.default)),
 ):
     sample(lambda s, count=count: call(r(*IMAGES[count]), [3, 7, 5][:count]), target)
 for count, target in (
@@ -420,7 +420,7 @@ for count, target in (
     sample(lambda s, count=count: call(r(*IMAGES[count]), [5, 7, 11][:count], False), target)
 for count, target in (
     *((1, aten.upsample_nearest1d.vec), (2, aten.upsample_nearest2d.vec), (3, aten.upsample_nearest3d.vec)),
-    (2, aten._upsample_nearest_exact2d.vec),
+    *((2, aten._upsample_nearest_exact2d.vec), (3, aten._upsample_nearest_exact3d.vec)),
 ):
     sample(lambda s, count=count: call(r(*IMAGES[count]), None, [1.5] * count), target)
 for count, target in (
@@ -429,6 +429,7 @@ for count, target in (
 ):
     sample(lambda s, count=count: call(r(*IMAGES[count]), None, False, [1.5] * count), target)
 sample(lambda s: call(r(2, 16, s, 6), 2), aten.pixel_shuffle.default)
+sample(lambda s: call(r(2, 3, 2 * s, 6), 2), aten.pixel_unshuffle.default)
 sample(lambda s: call(r(2, 6, s, 8), [2, 2], [1, 1], [0, 0], [2, 2]), aten.im2col.default)
 sample(lambda s: call(r(2, 24, 4 * s), [8, 2 * s], [2, 2], [1, 1], [0, 0], [2, 2]), aten.col2im.default)
 sample(lambda s: call(r(2, 6, s, 8), r(2, 10, 12, 2), 0, 0, False), aten.grid_sampler.default)
@@ -459,6 +460,7 @@ ACCEPTED: dict[Any, str] = {
     **dict.fromkeys([aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec], EXACT),
     aten.im2col.default: "rows of patches that do not overlap",
     **dict.fromkeys([aten.upsample_nearest3d.vec, aten._upsample_nearest_exact2d.vec], EXACT),
+    aten._upsample_nearest_exact3d.vec: EXACT,
 }
 """Operators that have more factors than their rules list, and why that is on purpose."""
 

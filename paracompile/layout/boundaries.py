@@ -18,9 +18,13 @@ from paracompile.layout.factors import Place
 from paracompile.layout.graph import Operation, Value, bytes_of
 from paracompile.layout.places import Attention, Cut, accepts, exchanges
 
-# A main attention is one with at least this share of the heaviest one's work. It is cut whatever the exchange costs:
-# sharding it is what was asked for.
-_MAIN_ATTENTION = 0.1
+# A main attention (or convolution, where images are cut) is one with at least this share of the heaviest one's work. It
+# is cut whatever the exchange costs: sharding it is what was asked for.
+_MAIN = 0.1
+
+
+_MOMENTS = 16
+"""Bytes, next to nothing: a mean and a variance."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,18 @@ def _picoseconds(seconds: float) -> int:
     return 1 + round(1e12 * seconds)
 
 
+def exchanged(cuts: Mapping[Operation, Cut]) -> dict[Operation, int]:
+    """The bytes that a rank exchanges for each operation that needs something of the others, if it is cut."""
+    found = {}
+    for operation, cut in cuts.items():
+        halo = cut.factor.halo
+        if halo is not None and halo.reach:
+            found[operation] = halo.reach * bytes_of(operation.operands[0]) // max(1, halo.size)
+        elif cut.factor.reduces:
+            found[operation] = _MOMENTS
+    return found
+
+
 def choose(
     operations: Sequence[Operation],
     outputs: Sequence[Value],
@@ -61,6 +77,7 @@ def choose(
     flops: Callable[[Operation], int],
     ranks: int,
     machine: Machine,
+    exchanged: Mapping[Operation, int] | None = None,
 ) -> set[Operation]:
     """The operations to run on a rank's part only.
 
@@ -73,8 +90,14 @@ def choose(
         flops: an operation's multiply-add work.
         ranks: over how many ranks the tokens are cut.
         machine: the figures to weigh work and transfers with.
+        exchanged: bytes that a rank exchanges in an operation if that is cut, where a spatial dimension is. Then the
+            main convolutions are what was asked for, and attention is cut where that is cheaper.
     """
-    heaviest = max((item.flops for operation, item in attentions.items() if operation in cuts), default=0)
+    if exchanged is None:
+        work = {operation: item.flops for operation, item in attentions.items() if operation in cuts}
+    else:
+        work = {operation: flops(operation) for operation in exchanged}
+    heaviest = max(work.values(), default=0)
     saved = 1 - 1 / ranks
     works = [machine.work(flops(operation)) for operation in operations]
     model = sum(works)
@@ -86,13 +109,14 @@ def choose(
             continue
         network.add_edge(cut, number, capacity=_picoseconds(saved * works[number]))
         attention = attentions.get(operation)
-        if attention is None:
-            continue
-        if attention.flops >= _MAIN_ATTENTION * heaviest:
+        if operation in work and work[operation] >= _MAIN * heaviest:
             network.add_edge(cut, number, capacity=float("inf"))
-        elif exchanges(attention, places):
-            exchanged = [*operation.operands[:3], *operation.results]
-            seconds = sum(machine.transfer(bytes_of(value) / ranks, model) for value in exchanged)
+        elif exchanged is not None and operation in exchanged:
+            seconds = machine.transfer(exchanged[operation], model)
+            network.add_edge(number, whole, capacity=_picoseconds(seconds))
+        elif attention is not None and exchanges(attention, places):
+            moved = [*operation.operands[:3], *operation.results]
+            seconds = sum(machine.transfer(bytes_of(value) / ranks, model) for value in moved)
             network.add_edge(number, whole, capacity=_picoseconds(seconds))
 
     producers = {result: number for number, operation in enumerate(operations) for result in operation.results}

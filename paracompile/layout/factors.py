@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from paracompile.layout.halos import Halo, Window
+
 Shape = tuple[int, ...]
 
 
@@ -43,11 +45,21 @@ class Factor:
         operands: for each tensor operand its span, or None where the factor is absent (broadcast, a weight): such an
             operand must be whole on every rank.
         results: for each result its span. A factor that a result lacks would be a reduction, and is never listed.
+        halo: a position of the result needs the first operand's positions around it; the spans are then whole
+            dimensions, and of different lengths where the operator pads or scales.
+        reduces: all positions share moments (mean and variance), which the ranks put together.
     """
 
     size: int
     operands: tuple[Span | None, ...]
     results: tuple[Span, ...]
+    halo: Halo | None = None
+    reduces: bool = False
+
+    @property
+    def is_independent(self) -> bool:
+        """Whether a rank needs nothing of the others."""
+        return self.halo is None and not self.reduces
 
 
 @dataclass(frozen=True)
@@ -110,11 +122,17 @@ class Rule:
             argument holds a size.
         local_target: the overload to call on a rank, where it is another one (`split` into equal parts becomes
             `split_with_sizes`); then `localise` must give all of its non-tensor arguments.
+        on_window: the arguments that change where a rank calls the operator on a window of its first operand
+            (`Factor.halo`); for operators without such factors None.
+        window_target: the overload that is called on a window, where it is another one (padding by a name becomes
+            padding in numbers).
     """
 
     factors: Callable[[Op], Sequence[Factor]]
     localise: Callable[[Op, Local], dict[str, Any]] | None = None
     local_target: OpOverload[..., Any] | None = None
+    on_window: Callable[[Op, Halo, Window], dict[str, Any]] | None = None
+    window_target: OpOverload[..., Any] | None = None
 
 
 def whole(shape: Shape, dim: int) -> Span:
@@ -124,12 +142,27 @@ def whole(shape: Shape, dim: int) -> Span:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the token factor sits in a value: dimension `dim` of size `outer * length * inner`."""
+    """Where the token factor sits in a value: dimension `dim` of size `before + outer * length * inner + after`.
+
+    Margins (`before`, `after`, only where `outer` is 1) are what padding adds at the edges of an image, to the parts of
+    the first and the last rank; below zero they are what a convolution without padding takes away there.
+    """
 
     dim: int
     length: int
     outer: int = 1
     inner: int = 1
+    before: int = 0
+    after: int = 0
+
+    @property
+    def size(self) -> int:
+        """The size of the dimension."""
+        return self.before + self.outer * self.length * self.inner + self.after
+
+    @property
+    def has_margins(self) -> bool:
+        return self.before != 0 or self.after != 0
 
 
 def within(place: Place, span: Span, size: int) -> Place | None:
@@ -142,6 +175,11 @@ def within(place: Place, span: Span, size: int) -> Place | None:
     if place.dim != span.dim or place.outer % span.outer or place.inner % span.inner:
         return None
     outer, inner = place.outer // span.outer, place.inner // span.inner
+    if place.has_margins:
+        before, after = place.before // span.inner, place.after // span.inner
+        token = Place(0, place.length, outer, inner, before, after)
+        exact = place.before == before * span.inner and place.after == after * span.inner
+        return token if exact and span.outer == 1 and token.size == span.length == size else None
     if outer * place.length * inner != span.length:
         return None
     if span.length == size:
@@ -153,10 +191,13 @@ def within(place: Place, span: Span, size: int) -> Place | None:
 
 def project(token: Place, span: Span, size: int) -> Place | None:
     """The inverse of `within`: where `token`, a place in the factor, sits in the value that `span` describes."""
+    if token.has_margins and (span.outer != 1 or span.length != size):
+        return None
     if span.length == size:
         length = token.length
     elif token.outer == 1 and span.length % token.inner == 0 and span.start % token.inner == 0:
         length = span.length // token.inner
     else:
         return None
-    return Place(span.dim, length, span.outer * token.outer, span.inner * token.inner)
+    margins = token.before * span.inner, token.after * span.inner
+    return Place(span.dim, length, span.outer * token.outer, span.inner * token.inner, *margins)

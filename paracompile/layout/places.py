@@ -4,17 +4,22 @@ The query length of an attention IS a token dimension. From there the place of t
 backward through each operator's factors, to a fixed point; no operator is known here. A value has at most one place:
 the heaviest attention speaks first, and where a later one wants another dimension of the same value, that use is
 found not to match and is gathered.
+
+Where convolutions do the work instead (an image's or a video's decoder), a spatial dimension of their results is the
+seed, and what is cut are its positions where they are coarsest: rows of the latent image. They lie side by side, so
+that a rank's neighbours hold what its windows reach over to, and segments are not taken apart.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from paracompile.layout.factors import Factor, Place, Span, project, whole, within
 from paracompile.layout.graph import Operation, Value, shape_of
+from paracompile.layout.halos import Halo
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,26 @@ class Cut:
     gathered: frozenset[int] = frozenset()
 
 
-Seed = Literal["tokens", "batch"]
+@dataclass(frozen=True)
+class Spatial:
+    """A spatial dimension as the seed, counted from the last: -1 is the width, -2 the height, -3 the frames.
+
+    attributes:
+        dim: the dimension.
+        values: results of convolutions, the coarsest first.
+    """
+
+    dim: int
+    values: tuple[Value, ...]
+
+
+Seed = Literal["tokens", "batch"] | Spatial
 
 
 def propagate(
     operations: Sequence[Operation], attentions: Iterable[Attention], seed: Seed = "tokens"
 ) -> dict[Value, Place]:
-    """The place of the tokens (or of the batch's rows, `seed="batch"`) in every value that they run through."""
+    """The place of what is cut, as the seed says, in every value that it runs through."""
     touching: dict[Value, list[tuple[Operation, int, bool]]] = defaultdict(list)
     for operation in operations:
         for slot, value in enumerate(operation.operands):
@@ -76,13 +94,9 @@ def propagate(
             touching[value].append((operation, slot, False))
 
     places: dict[Value, Place] = {}
-    for attention in sorted(attentions, key=lambda item: -item.flops):
-        query = attention.operation.operands[attention.query]
-        result = attention.operation.results[0]  # also where no rule leads there: a causal one has none for its queries
-        if len(shape_of(query)) < 3:
-            continue
-        starts = {value: _start(value, result, seed) for value in (query, result)}
-        if places.get(query) not in (None, starts[query]):
+    for starts in _starts(attentions, seed):
+        first = next(iter(starts))
+        if places.get(first) not in (None, starts[first]):
             continue
         reached: deque[Value] = deque()
         for value, start in starts.items():
@@ -92,14 +106,28 @@ def propagate(
         while reached:
             value = reached.popleft()
             for operation, slot, is_operand in touching[value]:
-                for other, place in _carry(operation, slot, is_operand, places[value]):
+                for other, place in _carry(operation, slot, is_operand, places[value], seed):
                     if other not in places:
                         places[other] = place
                         reached.append(other)
     return places
 
 
-def _start(value: Value, result: Value, seed: Seed) -> Place | None:
+def _starts(attentions: Iterable[Attention], seed: Seed) -> Iterator[dict[Value, Place | None]]:
+    """Values that begin together, with the place in each; where the first one has another already, none of them do."""
+    if isinstance(seed, Spatial):
+        for value in seed.values:
+            shape = shape_of(value)
+            yield {value: Place(len(shape) + seed.dim, shape[seed.dim])}
+        return
+    for attention in sorted(attentions, key=lambda item: -item.flops):
+        query = attention.operation.operands[attention.query]
+        result = attention.operation.results[0]  # also where no rule leads there: a causal one has none for its queries
+        if len(shape_of(query)) >= 3:
+            yield {value: _start(value, result, seed) for value in (query, result)}
+
+
+def _start(value: Value, result: Value, seed: Literal["tokens", "batch"]) -> Place | None:
     """Where an attention's queries or result hold what is cut; None in queries that are broadcast along it."""
     shape, whole_shape = shape_of(value), shape_of(result)
     dim = -2 if seed == "tokens" else -len(whole_shape)
@@ -108,10 +136,27 @@ def _start(value: Value, result: Value, seed: Seed) -> Place | None:
     return Place(len(shape) + dim, shape[dim])
 
 
-def _carry(operation: Operation, slot: int, is_operand: bool, place: Place) -> list[tuple[Value, Place]]:
-    """Where the tokens, found at `place` in one slot of the operation, sit in its other values."""
+def _factors(operation: Operation, seed: Seed) -> Sequence[Factor]:
+    """The factors of an operation along which something may be cut that started at this seed."""
+    if not isinstance(seed, Spatial):
+        return [factor for factor in operation.factors if factor.is_independent]
+    return [factor for factor in operation.factors if factor.halo is not None or not _has_windows(factor)]
+
+
+def _has_windows(factor: Factor) -> bool:
+    return any(span is not None and span.length != factor.size for span in factor.operands + factor.results)
+
+
+def _carry(operation: Operation, slot: int, is_operand: bool, place: Place, seed: Seed) -> list[tuple[Value, Place]]:
+    """Where what is cut, found at `place` in one slot of the operation, sits in its other values."""
     carried: list[tuple[Value, Place]] = []
-    for factor in operation.factors:
+    for factor in _factors(operation, seed):
+        if factor.halo is not None:
+            if is_operand and slot == 0 and (made := forward(factor.halo, place)) is not None:
+                carried.append((operation.results[0], made))
+            elif not is_operand and (needed := backward(factor.halo, place)) is not None:
+                carried.append((operation.operands[0], needed))
+            continue
         span = factor.operands[slot] if is_operand else factor.results[slot]
         token = within(place, span, factor.size) if span is not None else None
         if token is None:
@@ -122,6 +167,31 @@ def _carry(operation: Operation, slot: int, is_operand: bool, place: Place) -> l
             if found is not None:
                 carried.append((value, found))
     return carried
+
+
+def forward(halo: Halo, place: Place) -> Place | None:
+    """Where a result has what its operand has at `place`; None where it is not along the halo, or not in whole steps.
+
+    Which rank holds an edge row is free, and chosen so that a window reaches as far up as down.
+    """
+    if not _lies_along(halo, halo.size, place) or place.inner * halo.scale % halo.step:
+        return None
+    return _place(place, place.inner * halo.scale // halo.step, halo.forward(place.before), halo.size_out)
+
+
+def backward(halo: Halo, place: Place) -> Place | None:
+    """The inverse: where the operand has what the result has at `place`."""
+    if not _lies_along(halo, halo.size_out, place) or place.inner * halo.step % halo.scale:
+        return None
+    return _place(place, place.inner * halo.step // halo.scale, halo.backward(place.before), halo.size)
+
+
+def _lies_along(halo: Halo, size: int, place: Place) -> bool:
+    return place.dim == halo.dim and place.outer == 1 and place.size == size
+
+
+def _place(place: Place, inner: int, before: int, size: int) -> Place:
+    return Place(place.dim, place.length, 1, inner, before, size - before - place.length * inner)
 
 
 def cut_of(
@@ -135,10 +205,17 @@ def cut_of(
     """
     if not operation.results or any(result not in places for result in operation.results):
         return None
-    factors = operation.factors
+    factors = _factors(operation, seed)
     if attention is not None and exchanges(attention, places):
-        factors = [_query_factor(attention)] if seed == "tokens" else []
+        factors = [_query_factor(attention)] if seed != "batch" else []
     for factor in factors:
+        if factor.halo is not None:
+            result = places[operation.results[0]]
+            operand = backward(factor.halo, result)
+            if operand is not None:
+                others = (None,) * (len(operation.operands) - 1)
+                return Cut(factor, Place(0, result.length), (operand, *others), (result,))
+            continue
         token = within(places[operation.results[0]], factor.results[0], factor.size)
         if token is None:
             continue
@@ -181,11 +258,13 @@ def accepts(
     """Whether the operation, when cut, can take this operand as it is cut where it is made.
 
     An attention that exchanges takes cut keys and values, and its mask whole (it is put in the order in which keys
-    arrive). Every other operation takes just what its factor says.
+    arrive). What takes a window takes it from whoever holds it. Every other operation takes just what its factor says.
     """
     value = operation.operands[slot]
     if slot in cut.gathered:
         return False
+    if cut.factor.halo is not None and slot == 0 and (place := places.get(value)) is not None:
+        return _lies_along(cut.factor.halo, cut.factor.halo.size, place) and place.length == cut.results[0].length
     if attention is not None and exchanges(attention, places) and slot != attention.query:
         return slot != attention.mask and _at_tokens(value, places)
     return places.get(value) == cut.operands[slot]

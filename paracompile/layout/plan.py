@@ -9,10 +9,10 @@ from functools import cached_property
 from torch import fx
 from torch._ops import OpOverload
 
-from paracompile.layout.boundaries import Machine, choose
+from paracompile.layout.boundaries import Machine, choose, exchanged
 from paracompile.layout.factors import Place, Rule, Shape
 from paracompile.layout.graph import Operation, Value, is_tensor, operations, value_of
-from paracompile.layout.places import Attention, Cut, Seed, accepts, cut_of, exchanges, propagate
+from paracompile.layout.places import Attention, Cut, Seed, Spatial, accepts, cut_of, exchanges, propagate
 from paracompile.layout.segments import Segments, find_segments
 from paracompile.layout.shares import Lengths, Shares
 
@@ -29,10 +29,30 @@ class Sharding:
         """How many tokens `rank` holds."""
         return self.shares.local(self.segments, rank)
 
+    def local_size(self, rank: int) -> int:
+        """What `rank` holds of the dimension."""
+        if self.place.has_margins:
+            start, stop = self.bounds(rank)
+            return stop - start
+        return self.place.outer * self.local(rank) * self.place.inner
+
     def local_shape(self, shape: Shape, rank: int) -> Shape:
         """The shape of the part that `rank` holds of a value of `shape`."""
+        return (*shape[: self.place.dim], self.local_size(rank), *shape[self.place.dim + 1 :])
+
+    def bounds(self, rank: int) -> tuple[int, int]:
+        """The positions of the dimension, `[start, stop)`, that `rank` holds of one segment; margins included."""
         place = self.place
-        return (*shape[: place.dim], place.outer * self.local(rank) * place.inner, *shape[place.dim + 1 :])
+        (length,) = self.segments
+        assert place.outer == 1
+
+        def edge(number: int) -> int:
+            if number in (0, self.shares.ranks):
+                return number and place.size
+            first, _ = self.shares.window(length, number)
+            return min(max(place.before + first * place.inner, 0), place.size)
+
+        return edge(rank), edge(rank + 1)
 
     def beside(self, other: Sharding, rank: int) -> Sharding:
         """This sharding, in a value of which `rank` holds only its part of what `other` cuts."""
@@ -57,7 +77,7 @@ class Plan:
 
     attributes:
         operations: all operations, in the graph's order.
-        attentions: the attentions among them.
+        attentions: the attentions among them; none where images are cut, in which they are like any other operation.
         cuts: how each operation that is cut is cut.
         places: the tokens' place in every value they run through, cut or not.
         segments: the segments of what is cut.
@@ -92,6 +112,8 @@ class Plan:
 
     def operand(self, operation: Operation, slot: int) -> Sharding | None:
         """How a cut operation wants an operand; None if whole."""
+        if self.cuts[operation].factor.halo is not None:  # of what is whole a rank takes its window
+            return self.result(operation.operands[slot]) if self.takes_cut(operation, slot) else None
         lengths = self.segments.operands.get((operation, slot))
         if lengths is None:
             return None
@@ -148,12 +170,14 @@ def make_plan(
         find_attentions: the attentions among the operations.
         flops: an operation's multiply-add work.
         ranks: over how many ranks tokens are cut.
-        seed: "batch" cuts the rows of the batch instead of tokens.
+        seed: "batch" cuts the rows of the batch instead of tokens, `Spatial` a dimension of images.
         machine: what costs are weighed with.
         beside: what another axis cuts already; no value is cut twice in one and the same part.
     """
     all_operations = operations(graph, rule_for)
     attentions = {attention.operation: attention for attention in find_attentions(all_operations)}
+    if isinstance(seed, Spatial):  # queries are cut, and their keys are gathered
+        attentions = {}
     places = propagate(all_operations, attentions.values(), seed)
     possible = {
         operation: cut
@@ -164,8 +188,10 @@ def make_plan(
     (output,) = graph.find_nodes(op="output")
     outputs = [value_of(node) for node in output.all_input_nodes if is_tensor(node)]
     misaligned: dict[Operation, None] = {}
+    machine = machine or Machine()
     while True:
-        chosen = choose(all_operations, outputs, possible, attentions, places, flops, ranks, machine or Machine())
+        sent = exchanged(possible) if isinstance(seed, Spatial) else None
+        chosen = choose(all_operations, outputs, possible, attentions, places, flops, ranks, machine, sent)
         cuts = {operation: cut for operation, cut in possible.items() if operation in chosen}
         segments = find_segments(cuts, cuts, attentions, places, ranks)
         if not segments.misaligned:

@@ -211,6 +211,6 @@ def _groups(
 
 
 def _window(slot: int, span: Span, factor: Factor, token: Place) -> Window:
-    if span.length == factor.size:
+    if factor.halo is not None or span.length == factor.size:
         return Window(slot, 0, token.length)
     return Window(slot, span.start // token.inner, span.length // token.inner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -11,10 +12,12 @@ from torch import fx
 import paracompile.runtime.placement as placement
 from paracompile.errors import module_path, source_line
 from paracompile.layout.graph import Operation, bytes_of, operations, value_of
-from paracompile.layout.plan import Plan
+from paracompile.layout.places import Attention
+from paracompile.layout.plan import Plan, Sharding
 from paracompile.mesh import Ranks
 from paracompile.passes.first_block_cache import COMPUTE
 from paracompile.passes.found import Found
+from paracompile.patterns.attention import find_attentions
 from paracompile.patterns.exchanges import is_collective, link_of
 from paracompile.patterns.flops import flops_of
 from paracompile.patterns.rules import rule_for
@@ -156,7 +159,7 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
     skippable = _skippable(local)
     here = operations(local.graph, rule_for) + skippable
     plans = list(found.plans.values())
-    attentions = plans[-1].attentions if plans else {}
+    attentions = _attentions(plans[-1]) if plans else {}
     cut = [operation for operation in attentions if operation in plans[-1].cuts]
     exchanged = [operation for operation in cut if plans[-1].exchanged(operation)]
     collectives: Counter[str] = Counter()
@@ -169,6 +172,7 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
             sent += _bytes_sent(kind, node, ranks)
     notes = [note for each in plans for note in (*_whole(each), *_gathers(each), *_misaligned(each))]
     notes += _together(found, local)
+    notes = [*_dimension(found), *notes]
     report = Report(
         ranks=ranks.size,
         why_a_piece=found.why_a_piece,
@@ -221,8 +225,29 @@ def _bytes_sent(kind: str, node: fx.Node, ranks: Ranks) -> int:
     if kind == "all_reduce":
         return 2 * size * (ranks.size - 1) // ranks.size  # as a ring sends it
     sizes, group = cast(list[int], node.args[2]), node.args[3]
+    if group not in (ranks.ring.group, ranks.ulysses.group):  # edges, of which a rank sends itself none
+        return size
     own = sizes[ranks.ring.rank if group == ranks.ring.group else ranks.ulysses.rank]  # not sent
     return size * (sum(sizes) - own) // max(1, sum(sizes))
+
+
+def _dimension(found: Found) -> list[str]:
+    """Which dimension of images is cut, and why not another one."""
+    if not found.dimensions:
+        return []
+    plan = next(iter(found.plans.values()))
+    positions = max((sharding.place.length for sharding in _shardings(plan)), default=0)
+    (cut, cost), *others = [
+        (name, f"({cost.share:.1%} of the products on the fullest rank, {cost.bytes:,} bytes exchanged)")
+        for name, cost in found.dimensions
+    ]
+    dearer = "".join(f"; dearer: {name} {cost}" for name, cost in others)
+    return [f"images are cut along their {cut}, {positions} positions where they are coarsest {cost}{dearer}"]
+
+
+def _shardings(plan: Plan) -> list[Sharding]:
+    results = (plan.result(value) for operation in plan.cuts for value in operation.results)
+    return [sharding for sharding in results if sharding is not None]
 
 
 def _together(found: Found, local: fx.GraphModule) -> list[str]:
@@ -235,13 +260,18 @@ def _together(found: Found, local: fx.GraphModule) -> list[str]:
     ]
 
 
+def _attentions(plan: Plan) -> Mapping[Operation, Attention]:
+    """The attentions of a plan, also where images are cut."""
+    return plan.attentions or {attention.operation: attention for attention in find_attentions(plan.operations)}
+
+
 def _whole(plan: Plan) -> list[str]:
     """One line for each attention that every rank computes, where its work counts."""
     work = sum(map(flops_of, plan.operations))
     return [
         f"left whole {operation.node.name} ({attention.flops / work:.0%} of the model's products)"
         + (f", at {where}" if (where := source_line(operation.node)) else "")
-        for operation, attention in plan.attentions.items()
+        for operation, attention in _attentions(plan).items()
         if operation not in plan.cuts and attention.flops > _COUNTS * work
     ]
 

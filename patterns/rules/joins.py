@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from paracompile.layout.factors import Factor, Local, Op, Operand, Rule, Shape, Span, whole
+from paracompile.patterns.rules import halos
 from paracompile.patterns.rules.labels import Table, dim_of, dropping, factors_of, mixing
 
 aten = torch.ops.aten
@@ -96,6 +97,8 @@ def _sliced(bounds: Bounds) -> Callable[[Op], list[Factor]]:
         start, end, step = bounds(op, dim)
         if step == 1 and end > start and operand[dim] > 1 and 0 not in operand:
             listed.append(Factor(operand[dim], (whole(operand, dim),), (Span(dim, start, end - start),)))
+        if end > start and (start, end, step) != (0, operand[dim], 1):
+            listed += halos.slices(op, dim, start, step)
         return listed
 
     return factors
@@ -164,8 +167,8 @@ RULES: Table = {
     aten.tensor_split.indices: _SPLIT,
     aten.unbind.int: Rule(_dropped),
     aten.select.int: Rule(_dropped),
-    aten.slice.Tensor: Rule(_sliced(_slice_bounds), _local_slice),
-    aten.narrow.default: Rule(_sliced(_narrow_bounds), _local_narrow),
+    aten.slice.Tensor: Rule(_sliced(_slice_bounds), _local_slice, on_window=halos.on_sliced_window),
+    aten.narrow.default: Rule(_sliced(_narrow_bounds), _local_narrow, on_window=halos.on_narrowed_window),
     aten.slice_scatter.default: Rule(_slice_scatter, _local_scatter),
     aten.select_scatter.default: Rule(_select_scatter),
 }

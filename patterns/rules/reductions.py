@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from paracompile.layout.factors import Factor, Local, Op, Rule
+from paracompile.layout.factors import Factor, Local, Op, Rule, whole
+from paracompile.patterns.rules import halos
 from paracompile.patterns.rules.labels import (
     Table,
     Target,
@@ -53,7 +54,12 @@ def _normalised(op: Op) -> list[Factor]:
 
 
 def _group_norm(op: Op) -> list[Factor]:
-    return spare(op, range(1, len(op.operands[0])))
+    """Rows are independent; pixels of one share the moments of each group."""
+    image = op.operands[0]
+    others = (None,) * (len(op.operands) - 1)
+    pixels = [whole(image, dim) for dim in range(2, len(image)) if image[dim] > 1 and 0 not in image]
+    shared = [Factor(span.length, (span, *others), (span,), reduces=True) for span in pixels]
+    return spare(op, range(1, len(image))) + shared
 
 
 def _native_group_norm(op: Op) -> list[Factor]:
@@ -75,9 +81,12 @@ def _batch_norm(op: Op) -> list[Factor]:
     return factors_of(op, [labels, *[(1,)] * (len(op.operands) - 1)], [labels])
 
 
-def _pad(op: Op) -> list[Factor]:
-    rank, pad = len(op.operands[0]), op.arguments["pad"]
-    return spare(op, [rank - 1 - index // 2 for index, width in enumerate(pad) if width != 0])
+def _padded(factors: halos.Factors) -> Rule:
+    def all_factors(op: Op) -> list[Factor]:
+        rank, pad = len(op.operands[0]), op.arguments["pad"]
+        return spare(op, [rank - 1 - index // 2 for index, width in enumerate(pad) if width != 0]) + factors(op)
+
+    return Rule(all_factors, on_window=halos.on_padded_window("pad"))
 
 
 def _transform(sizes: str) -> Rule:
@@ -196,8 +205,8 @@ RULES: Table = {
     aten.group_norm.default: Rule(_group_norm),
     aten.native_group_norm.default: Rule(_native_group_norm, _local_group_norm),
     aten.batch_norm.default: Rule(_batch_norm),
-    aten.constant_pad_nd.default: Rule(_pad),
-    aten.pad.default: Rule(_pad),
+    aten.constant_pad_nd.default: _padded(halos.constant_padding),
+    aten.pad.default: _padded(halos.any_padding),
     aten.unfold.default: Rule(_unfold),
     aten.cosine_similarity.default: Rule(_paired(drop=True)),
     aten.linalg_cross.default: Rule(_paired(drop=False)),

@@ -1,0 +1,194 @@
+"""Decoding by one of several ranks: what it computes, holds and sends, and whether the picture is the same.
+
+    python examples/benchmarks/vae.py                                   # AutoencoderKL, 64 x 64 latents: about an hour
+    python examples/benchmarks/vae.py --model AutoencoderKLWan
+    python examples/benchmarks/vae.py --rows 16 --columns 16 --runs 1   # a few minutes
+
+diffusers' own classes at their real widths, with random weights, in float32 on one thread. A rank of 2 and one of 4
+(the second: it has neighbours on both sides) runs with the "fake" process group, which carries nothing: so its time is
+what it computes. It takes turns with the whole decoder, which `--compiler` compiles as well, in one process; time is
+the processor's, of which other work on the machine takes less than of the clock's. "time over its share" is the time of
+a rank times the number of ranks over the whole's. Peak memory is what a run adds to its process, by the kernel's count
+(Linux).
+
+Pictures are compared with the untiled one: those of all ranks, run in one process with real exchanges, and diffusers'
+own tiled one, of half the side with its overlap of a quarter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from peak_memory import peak_growth
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))  # random weights, and the ranks in lockstep
+
+from random_tensors import draw, randomise
+
+BUILD: dict[str, Callable[[], Any]] = {
+    "AutoencoderKL": lambda: diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ),
+    "AutoencoderKLWan": diffusers.AutoencoderKLWan,
+}
+
+
+def decoder_of(vae: Any) -> Callable[[Tensor], Tensor]:
+    return lambda latents: vae.decode(latents, return_dict=False)[0]
+
+
+def build(arguments: argparse.Namespace) -> tuple[Any, Tensor]:
+    """A model and a latent image (of a video, the first frame)."""
+    torch.manual_seed(0)
+    vae = randomise(BUILD[arguments.model]())
+    frames = () if arguments.model == "AutoencoderKL" else (1,)
+    return vae, draw(1, 16, *frames, arguments.rows, arguments.columns)
+
+
+def rank_beside_whole(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
+    """The times and peaks of the whole decoder and of one rank, which take turns."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=ranks)
+    vae, latents = build(arguments)
+    reports: list[Any] = []
+    options = {"report": reports.append, "inputs": "trust", "compiler": arguments.compiler}
+    whole = (
+        torch.compile(decoder_of(vae), fullgraph=True, dynamic=False)
+        if arguments.compiler == "inductor"
+        else decoder_of(vae)
+    )
+    rank = torch.compile(decoder_of(vae), backend="paracompile", fullgraph=True, dynamic=False, options=options)
+    seconds: dict[str, list[float]] = {"whole": [], "rank": []}
+    peaks = {}
+    with torch.no_grad():
+        for call in (whole, rank):
+            call(latents)
+        for name, call in (("whole", whole), ("rank", rank)):
+            peaks[name] = peak_growth(lambda call=call: call(latents))  # type: ignore[misc]
+        for number in range(arguments.runs):
+            for name, call in (("whole", whole), ("rank", rank))[:: 1 if number % 2 else -1]:
+                start = time.process_time()
+                call(latents)
+                seconds[name].append(time.process_time() - start)
+    (report,) = reports
+    return {
+        "whole": statistics.median(seconds["whole"]),
+        "rank": statistics.median(seconds["rank"]),
+        "peaks": peaks,
+        "bytes": report.bytes_sent,
+        "collectives": report.collectives,
+        "work": report.flops_rank / report.flops_whole,
+        "dimension": report.notes[0],
+    }
+
+
+def pictures(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
+    """The largest difference of all ranks' picture, and of diffusers' tiled one, from the untiled one."""
+    from small_models import shard
+
+    vae, latents = build(arguments)
+    decode = decoder_of(vae)
+    with torch.no_grad():
+        expected = decode(latents)
+        found = {f"{count} ranks": shard(decode, [latents], count).result for count in arguments.ranks}
+        rows = 8 * max(arguments.rows, arguments.columns) // 2
+        if arguments.model == "AutoencoderKL":
+            vae.enable_tiling()
+            vae.tile_sample_min_size, vae.tile_latent_min_size = rows, rows // 8
+        else:
+            sizes = dict(tile_sample_min_height=rows, tile_sample_min_width=rows)
+            strides = dict(tile_sample_stride_height=3 * rows // 4, tile_sample_stride_width=3 * rows // 4)
+            vae.enable_tiling(**sizes, **strides)
+        start = time.process_time()
+        found["tiled"] = decode(latents)
+        seconds = time.process_time() - start
+    largest = {name: float((picture - expected).abs().max()) for name, picture in found.items()}
+    return {"differences": largest, "largest": float(expected.abs().max()), "tiled seconds": seconds}
+
+
+MEASURE = {"rank": rank_beside_whole, "pictures": pictures}
+
+
+def in_own_process(arguments: argparse.Namespace, what: str, ranks: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--one", what, "--of", str(ranks)]
+    for name in ("model", "rows", "columns", "runs", "compiler"):
+        command += [f"--{name}", str(getattr(arguments, name))]
+    command += ["--ranks", *map(str, arguments.ranks)]
+    # A fixed threshold: freed tensors go back to the system at once, and are not kept for the next run.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=BUILD, default="AutoencoderKL")
+    parser.add_argument("--rows", type=int, default=64, help="of the latent image")
+    parser.add_argument("--columns", type=int, default=64)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--compiler", choices=["inductor", "eager"], default="inductor")
+    parser.add_argument("--one", choices=MEASURE, help=argparse.SUPPRESS)
+    parser.add_argument("--of", type=int, default=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.one is not None:
+        print(json.dumps(MEASURE[arguments.one](arguments, arguments.of)))
+        return
+
+    versions = ", ".join(f"{name} {version(name)}" for name in ("paracompile", "torch", "diffusers"))
+    print(f"{date.today()}, {versions}, Python {platform.python_version()}")
+    print(
+        f"{arguments.model}, {arguments.rows} x {arguments.columns} latents, float32, CPU, 1 thread, compiler "
+        f"{arguments.compiler}, median of {arguments.runs}\n"
+    )
+    print("| ranks | work | time over its share | peak memory | sent by a rank | exchanges |")
+    print("|-------|------|---------------------|-------------|----------------|-----------|")
+    wholes = []
+    for ranks in arguments.ranks:
+        found = in_own_process(arguments, "rank", ranks)
+        over = ranks * found["rank"] / found["whole"]
+        peak = found["peaks"]["rank"] / found["peaks"]["whole"]
+        sent = f"{found['bytes'] / 2**20:.1f} MiB"
+        exchanges = sum(found["collectives"].values())
+        wholes.append((found["whole"], found["peaks"]["whole"]))
+        print(
+            f"| {ranks:5} | {found['work']:3.0%} | {over:19.2f} | {peak:11.1%} | {sent:>14} | {exchanges:9} |",
+            flush=True,
+        )
+    seconds, peak = (statistics.median(each) for each in zip(*wholes, strict=True))
+    print(f"\nThe whole: {seconds:.1f} s, {peak / 2**20:.0f} MiB. {found['dimension']}\n")
+    compared = in_own_process(arguments, "pictures", 1)
+    print(f"| picture | largest difference (largest value {compared['largest']:.2f}) |")
+    print("|---------|----------------------------------------|")
+    for name, difference in compared["differences"].items():
+        print(f"| {name:7} | {difference:38.2e} |")
+    print(f"\nTiled, on one rank: {compared['tiled seconds']:.1f} s.")
+
+
+if __name__ == "__main__":
+    main()

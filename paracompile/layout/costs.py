@@ -1,0 +1,46 @@
+"""What a plan costs: by this the dimension is chosen that an image or a video is cut along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from paracompile.layout.boundaries import Machine, exchanged
+from paracompile.layout.graph import Operation, bytes_of, is_tensor, value_of
+from paracompile.layout.plan import Plan
+
+__all__ = ["Cost", "cost_of"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the fullest rank does in one call.
+
+    attributes:
+        share: its part of the whole's products.
+        bytes: what it exchanges.
+        seconds: both together, on a `Machine`.
+    """
+
+    share: float
+    bytes: int
+    seconds: float
+
+
+def cost_of(plan: Plan, flops: Callable[[Operation], int], ranks: int, machine: Machine) -> Cost:
+    """The cost of a plan."""
+    work = {operation: flops(operation) for operation in plan.operations}
+    model = machine.work(sum(work.values()))
+    fullest = 0.0
+    for operation, amount in work.items():
+        sharding = plan.result(operation.results[0]) if operation in plan.cuts else None
+        part = 1.0
+        if sharding is not None:
+            part = max(map(sharding.local, range(ranks))) / max(1, sharding.place.length)
+        fullest += part * amount
+    (output,) = plan.operations[0].node.graph.find_nodes(op="output")
+    gathered = {value for _, value in plan.unmatched()}
+    gathered |= {value for node in output.all_input_nodes if is_tensor(node) and plan.result(value := value_of(node))}
+    sizes = [*exchanged(plan.cuts).values(), *((ranks - 1) * bytes_of(value) // ranks for value in gathered)]
+    seconds = machine.work(round(fullest)) + sum(machine.transfer(size, model) for size in sizes)
+    return Cost(fullest / max(1, sum(work.values())), sum(sizes), seconds)

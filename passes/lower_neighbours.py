@@ -1,0 +1,167 @@
+"""Operations along a spatial dimension that is cut, for which a rank needs something of the others.
+
+    before                                        after, on rank r
+    y = conv2d(x, w, b, padding=[1, 1])           edges = all_to_all(x's first row up, its last row down)
+                                                  y = conv2d(cat([edge above, x, edge below]), w, b, padding=[0, 1])
+    y = group_norm(x, 32, w, b)                   moments = all_gather(mean and variance of x, by group)
+                                                  y = (x - mean of all) * rsqrt(variance of all + eps) * w + b
+
+At the outer edges of the image there are the operator's own zeros (or mirrored rows, ...) instead of an edge row.
+
+Moments are merged as by Chan et al. (Updating formulae and a pairwise algorithm for computing sample variances, 1979):
+means and variances of parts, each about its own mean, never sums of squares, which cancel. They are gathered rather
+than summed up, so that a single exchange is enough for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import prod
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from paracompile.layout.factors import Factor
+from paracompile.layout.graph import Operation, spelled
+from paracompile.layout.plan import Sharding
+from paracompile.mesh import Axis
+from paracompile.passes.writer import GraphWriter
+from paracompile.runtime.collectives import all_gather
+from paracompile.runtime.halos import Fill, window_of
+
+__all__ = ["with_neighbours"]
+
+aten = torch.ops.aten
+
+
+def with_neighbours(
+    write: GraphWriter,
+    operation: Operation,
+    factor: Factor,
+    operands: Sequence[fx.Node],
+    held: Sharding | None,
+    result: Sharding,
+    axis: Axis,
+) -> fx.Node:
+    """Writes the operation on this rank's part.
+
+    args:
+        operation: of whole sizes along `axis`, and already of this rank's along all others.
+        factor: the factor along which it is cut.
+        held: how the first operand is cut; None where every rank has all of it.
+        result: how the result is cut.
+    """
+    if factor.halo is not None:
+        return _on_window(write, operation, factor, operands, held, result, axis)
+    assert operation.op is not None
+    assert held is not None
+    return _SHARED_MOMENTS[operation.op.target](write, operation, operands, held, axis)
+
+
+def _on_window(
+    write: GraphWriter,
+    operation: Operation,
+    factor: Factor,
+    operands: Sequence[fx.Node],
+    held: Sharding | None,
+    result: Sharding,
+    axis: Axis,
+) -> fx.Node:
+    op, rule, halo = operation.op, operation.rule, factor.halo
+    assert op is not None
+    assert rule is not None
+    assert rule.on_window is not None
+    assert halo is not None
+    ranks, dim = range(axis.size), halo.dim
+    windows = [halo.window(*result.bounds(rank)) for rank in ranks]
+    window, x = windows[axis.rank], operands[0]
+    held_by = [(0, halo.size) if held is None else held.bounds(rank) for rank in ranks]
+    wanted = [(other.start, other.stop) for other in windows]
+    if held is None:  # nothing is sent
+        wanted = [wanted[axis.rank] if rank == axis.rank else (0, 0) for rank in ranks]
+        held_by = [(0, halo.size) if rank == axis.rank else (0, 0) for rank in ranks]
+    fill = Fill(window.before, window.after, halo.value) if halo.edge == "filled" else Fill()
+    x = window_of(write, x, x.meta["val"].shape, dim, held_by, wanted, axis.rank, axis.group, fill)
+    if not window.count:
+        shape = list(result.local_shape(op.results[0], axis.rank))
+        like = operation.node.meta["val"]
+        return write(aten.new_empty.default, x, shape, dtype=like.dtype, device=like.device, pin_memory=False)
+    target = rule.window_target or op.target
+    there = replace(op, target=target, arguments={**op.arguments, **rule.on_window(op, halo, window)})
+    args, kwargs = spelled(replace(operation, op=there), [x, *operands[1:]])
+    made = write(target, *args, **kwargs)
+    if window.skip or made.meta["val"].shape[dim] != window.count:
+        made = write(aten.slice.Tensor, made, dim, window.skip, window.skip + window.count)
+    return made
+
+
+def _group_norm(
+    write: GraphWriter, operation: Operation, operands: Sequence[fx.Node], held: Sharding, axis: Axis
+) -> fx.Node:
+    assert operation.op is not None
+    arguments = operation.op.arguments
+    x, (rows, channels, *_) = operands[0], operation.op.operands[0]
+    groups, pixels = int(arguments["num_groups"]), [1] * (len(operation.op.operands[0]) - 2)
+    computed = torch.promote_types(x.meta["val"].dtype, torch.float32)
+    wide = write(aten._to_copy.default, x, dtype=computed) if x.meta["val"].dtype != computed else x
+    counts = [held.local_size(rank) for rank in range(axis.size)]
+    own = _moments(write, wide, [rows, groups, prod(x.meta["val"].shape[1:]) // groups])
+    mean, variance = _merged(write, own, [count / sum(counts) for count in counts], axis)
+    scale = write(aten.rsqrt.default, write(aten.add.Scalar, variance, arguments["eps"]))
+    mean, scale = (_of_channels(write, each, [rows, groups, channels // groups], pixels) for each in (mean, scale))
+    parameters = {
+        name: write(aten.reshape.default, operands[arguments[name].index], [channels, *pixels])
+        for name in ("weight", "bias")
+        if arguments[name] is not None
+    }
+    if "weight" in parameters:
+        scale = write(aten.mul.Tensor, scale, parameters["weight"])
+    made = write(aten.mul.Tensor, write(aten.sub.Tensor, wide, mean), scale)
+    if "bias" in parameters:
+        made = write(aten.add.Tensor, made, parameters["bias"])
+    dtype = operation.node.meta["val"].dtype
+    return made if made.meta["val"].dtype == dtype else write(aten._to_copy.default, made, dtype=dtype)
+
+
+def _moments(write: GraphWriter, x: fx.Node, shape: Sequence[int]) -> fx.Node:
+    """Mean and variance of each group of this rank's part, of shape (2, rows, groups); zeros where it is empty."""
+    grouped = write(aten.reshape.default, x, list(shape))
+    if 0 in shape:
+        return write(aten.new_zeros.default, grouped, [2, *shape[:2]], pin_memory=False)
+    mean = write(aten.mean.dim, grouped, [2], True)
+    variance = write(aten.mean.dim, write(aten.square.default, write(aten.sub.Tensor, grouped, mean)), [2])
+    return write(aten.stack.default, [write(aten.squeeze.dim, mean, 2), variance])
+
+
+def _of_channels(write: GraphWriter, moment: fx.Node, shape: Sequence[int], pixels: Sequence[int]) -> fx.Node:
+    """What belongs to a group, once for each of its channels."""
+    rows, groups, each = shape
+    repeated = write(aten.expand.default, write(aten.unsqueeze.default, moment, 2), list(shape))
+    return write(aten.reshape.default, repeated, [rows, groups * each, *pixels])
+
+
+def _merged(write: GraphWriter, own: fx.Node, shares: Sequence[float], axis: Axis) -> tuple[fx.Node, fx.Node]:
+    """Mean and variance of all, from every rank's, which stand for these shares of all positions."""
+    shape = list(own.meta["val"].shape)
+    gathered = all_gather(write, own, axis.size, axis.group)
+    gathered = write(aten.reshape.default, gathered, [axis.size, *shape])
+    by_rank = [write(aten.select.int, gathered, 0, rank) for rank in range(axis.size)]
+    means, variances = ([write(aten.select.int, each, 0, which) for each in by_rank] for which in (0, 1))
+
+    def weighted(values: Sequence[fx.Node]) -> fx.Node:
+        parts = [write(aten.mul.Scalar, value, share) for value, share in zip(values, shares, strict=True) if share]
+        total = parts[0]
+        for part in parts[1:]:
+            total = write(aten.add.Tensor, total, part)
+        return total
+
+    mean = weighted(means)
+    apart = [write(aten.square.default, write(aten.sub.Tensor, each, mean)) for each in means]
+    return mean, weighted([write(aten.add.Tensor, *pair) for pair in zip(variances, apart, strict=True)])
+
+
+Writer = Callable[[GraphWriter, Operation, Sequence[fx.Node], Sharding, Axis], fx.Node]
+
+_SHARED_MOMENTS: dict[OpOverload[..., object], Writer] = {aten.group_norm.default: _group_norm}
