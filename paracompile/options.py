@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from paracompile.errors import OptionError
 
-__all__ = ["Compiler", "InputMode", "Options"]
+__all__ = ["CACHE_OPTIONS", "Compiler", "InputMode", "Options"]
 
 InputMode = Literal["broadcast", "check", "trust"]
 Compiler = Literal["inductor", "eager", "aot_eager"]
@@ -276,6 +276,10 @@ _CACHE_OPTIONS: tuple[tuple[str, int, int | None], ...] = (
     ("last_blocks", 0, None),
 )
 _CACHE_POLICY = ("steps", "watch", "coefficients")
+
+CACHE_OPTIONS = frozenset({"rdt", *(name for name, _, _ in _CACHE_OPTIONS), *_CACHE_POLICY})
+"""Those that only the first block cache reads."""
+
 _DEFAULTS = {spec.name: spec.default for spec in fields(Options)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from paracompile.errors import OptionError
 from paracompile.mesh import Ranks
-from paracompile.options import Options
+from paracompile.options import CACHE_OPTIONS, Options
 from paracompile.quantization import Quantization, quantise
 from paracompile.runtime.agreement import Agreement
 
@@ -35,6 +36,7 @@ def parallelize(
     *,
     mesh: DeviceMesh | None = None,
     quantize: Quantization | None = None,
+    vae: bool = False,
     output: Output = "all",
     **options: Any,
 ) -> Pipeline:
@@ -49,6 +51,7 @@ def parallelize(
         pipe: a pipeline, with its weights loaded and on the device (or offloaded, on one rank).
         mesh: the ranks that share the work, see `init_mesh`; None: all ranks of the world.
         quantize: quantises the transformers' linear layers first, see `quantise`.
+        vae: compiles the VAE's encoder and decoder as well; on several ranks they share its images.
         output: on several ranks, "all" returns the result on each; "first" on rank 0, and None elsewhere.
         options: of the backend, see `Options`: `rdt`, `mode`, ...
 
@@ -56,7 +59,7 @@ def parallelize(
         the same pipeline.
 
     Raises:
-        OptionError: no transformer in it; an option that cannot work.
+        OptionError: no transformer in it, or no VAE; an option that cannot work.
 
     Example:
         pipe = paracompile.parallelize(FluxPipeline.from_pretrained(...).to("cuda"), rdt=0.08)
@@ -65,15 +68,20 @@ def parallelize(
         raise OptionError("output", output, 'give "all" or "first"')
     chosen = Options.parse({"mesh": mesh, **options})
     ranks = Ranks.from_mesh(mesh)
-    denoisers = _denoisers(pipe)
+    denoisers, coders = _denoisers(pipe), _coders(pipe) if vae else {}
     for module in denoisers.values():
         if quantize is not None:
             quantise(module, quantize)
         module.compile(backend="paracompile", options={"mesh": mesh, **options})
+    uncached = {name: value for name, value in options.items() if name not in CACHE_OPTIONS}
+    for module in coders.values():
+        module.compile(backend="paracompile", options={"mesh": mesh, **uncached})
     if not ranks.is_single:
-        _keep_together(pipe, ranks, chosen, output)
+        _keep_together(pipe, ranks, chosen, output, decodes_together=vae)
     if ranks.flat_rank == 0:
-        print("\n".join(_said(pipe, denoisers, ranks, quantize, options)))  # noqa: T201 (what it promises)
+        quantized = {} if quantize is None else {"quantize": quantize}
+        said = [_said(pipe, ranks), *_lines(denoisers, {**quantized, **options}), *_lines(coders, uncached)]
+        print("\n".join(said))  # noqa: T201 (what it promises)
     return pipe
 
 
@@ -91,32 +99,46 @@ def _denoisers(pipe: Any) -> dict[str, nn.Module]:
     return found
 
 
-def _said(
-    pipe: Any, denoisers: Mapping[str, nn.Module], ranks: Ranks, quantize: Any, options: Mapping[str, Any]
-) -> Iterable[str]:
+def _coders(pipe: Any) -> dict[str, nn.Module]:
+    """The two halves of a pipeline's VAE, by name."""
+    vae = getattr(pipe, "vae", None)
+    halves = {f"vae.{name}": getattr(vae, name, None) for name in ("encoder", "decoder")}
+    found = {name: half for name, half in halves.items() if isinstance(half, nn.Module)}
+    if not found:
+        raise OptionError("vae", True, f"{type(pipe).__name__} has no VAE of an encoder and a decoder: leave it out")
+    return found
+
+
+def _said(pipe: Any, ranks: Ranks) -> str:
     axes = [f"{axis.name} {axis.size}" for axis in (ranks.batch, ranks.ring, ranks.ulysses) if axis.size > 1]
     where = f"{ranks.size} ranks ({', '.join(axes)})" if axes else "one rank"
-    yield f"paracompile: {type(pipe).__name__} on {where}"
-    given = [f"{name}={value!r}" for name, value in options.items()]
-    if quantize is not None:
-        given.insert(0, f"quantize={quantize!r}")
-    for name, module in denoisers.items():
-        yield f"  {name} ({type(module).__name__}): compiled at its first call{', ' if given else ''}{', '.join(given)}"
+    return f"paracompile: {type(pipe).__name__} on {where}"
 
 
-def _keep_together(pipe: Any, ranks: Ranks, options: Options, output: Output) -> None:
+def _lines(modules: Mapping[str, nn.Module], options: Mapping[str, Any]) -> Iterable[str]:
+    given = "".join(f", {name}={value!r}" for name, value in options.items())
+    for name, module in modules.items():
+        yield f"  {name} ({type(module).__name__}): compiled at its first call{given}"
+
+
+def _keep_together(pipe: Any, ranks: Ranks, options: Options, output: Output, *, decodes_together: bool) -> None:
     """Has each call of a pipeline begin with rank 0's random state, on all ranks."""
+    drops = output == "first" and ranks.flat_rank > 0
     shown = dict(getattr(pipe, "_progress_bar_config", None) or {})
     if ranks.flat_rank > 0:
         pipe.set_progress_bar_config(**{**shown, "disable": True})
     agreement = Agreement(ranks.members, options.timeout)
     original: Any = next(base for base in type(pipe).__mro__ if _MARK not in vars(base))
 
+    takes = inspect.signature(original.__call__).parameters
+
     @functools.wraps(original.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         _agree_on_randomness(agreement, args, kwargs)
+        if drops and not decodes_together and "output_type" in takes:
+            kwargs = {**kwargs, "output_type": "latent"}  # so that it is not decoded
         result = original.__call__(self, *args, **kwargs)
-        return None if output == "first" and ranks.flat_rank > 0 else result
+        return None if drops else result
 
     same = {key: vars(original)[key] for key in ("__module__", "__doc__") if key in vars(original)}
     pipe.__class__ = type(

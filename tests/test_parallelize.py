@@ -15,6 +15,7 @@ from accelerate import cpu_offload, cpu_offload_with_hook
 from denoising import ALWAYS
 from diffusers import DiffusionPipeline, FluxPipeline
 from peft import LoraConfig, get_peft_model_state_dict
+from random_tensors import draw
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -64,6 +65,25 @@ def test_a_pipeline_is_compiled_in_place(capsys: pytest.CaptureFixture[str]) -> 
     assert not torch.equal(cached, plain)
     set_rdt(transformer, 0)
     assert torch.allclose(latents(pipe), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_the_vae_too(capsys: pytest.CaptureFixture[str]) -> None:
+    torch._dynamo.reset()
+    plain, pipe = load(), load()
+    pipe.vae = copy.deepcopy(pipe.vae)
+    size = pipe.vae.config.sample_size
+    parallelize(pipe, rdt=ALWAYS, taylor_order=1, compiler="eager", vae=True)
+    said = capsys.readouterr().out.splitlines()
+    assert said[2:] == [
+        f"  vae.{name}: compiled at its first call, compiler='eager'"
+        for name in ("encoder (Encoder)", "decoder (Decoder)")
+    ]
+    image = draw(1, 3, size, size).sigmoid()
+    with torch.no_grad():
+        latent = plain.vae.encode(image).latent_dist.mode()
+        assert torch.allclose(pipe.vae.encode(image).latent_dist.mode(), latent, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(pipe.vae.decode(latent).sample, plain.vae.decode(latent).sample, rtol=1e-4, atol=1e-5)
+    assert all(half._compiled_call_impl is not None for half in (pipe.vae.encoder, pipe.vae.decoder))
 
 
 def test_with_the_default_compiler() -> None:
@@ -219,6 +239,10 @@ def test_what_cannot_work_is_an_error() -> None:
         parallelize(load(), rtd=0.1)
     with pytest.raises(OptionError, match='give "all" or "first"'):
         parallelize(load(), output="some")  # type: ignore[arg-type]
+    without = load()
+    without.vae = None
+    with pytest.raises(OptionError, match="FluxPipeline has no VAE"):
+        parallelize(without, vae=True)
     with pytest.raises(OptionError, match="give one of int8"):
         parallelize(load(), quantize="int3")
 

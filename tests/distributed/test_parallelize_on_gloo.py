@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 from typing import Any
 
@@ -64,6 +65,25 @@ def first_only(rank: int) -> list[Any]:
 
 def test_the_result_may_be_the_first_rank_s_alone(two_ranks: Pool) -> None:
     assert two_ranks.run(first_only) == [[False, 1], [True, 1]]
+
+
+def decoded(rank: int) -> list[Any]:
+    """The picture, plain and with the VAE shared, and what a rank that drops it got."""
+    plain = load()
+    size, tokens = plain.vae.config.sample_size, plain.tokenizer_2.model_max_length
+    how = dict(height=size, width=size, max_sequence_length=tokens, num_inference_steps=2, output_type="pt")
+    expected = plain("a circle", generator=torch.Generator().manual_seed(3), **how).images
+    pipe = load()
+    pipe.vae = copy.deepcopy(pipe.vae)
+    paracompile.parallelize(pipe, compiler="eager", vae=True, output="first")
+    output = pipe("a circle", generator=torch.Generator().manual_seed(3), **how)
+    return [expected, output and output.images]
+
+
+def test_the_vae_too(two_ranks: Pool) -> None:
+    (expected, picture), (_, dropped) = two_ranks.run(decoded)
+    assert dropped is None
+    assert (picture - expected).abs().max() < 1e-5
 
 
 def other_generators(rank: int) -> Tensor:
