@@ -230,9 +230,8 @@ def sharding_rows(plain: Run, sharded: Run, reports: Sequence[paracompile.Report
 def decoder_rows(reports: Sequence[paracompile.Report]) -> list[tuple[str, str]]:
     """How the ranks share the VAE's decoder."""
     (report,) = reports
-    cut = report.notes[0].partition("along their ")[2].partition(" ")[0].rstrip(",")
     return [
-        ("VAE decoder, cut along its", cut),
+        ("VAE decoder, cut along its", f"{report.dimension}"),
         ("VAE decoder, share of the flops on a rank", f"{report.flops_rank / report.flops_whole:.1%}"),
         ("VAE decoder, collectives per picture", f"{sum(report.collectives.values())}"),
         ("VAE decoder, bytes sent by a rank per picture", f"{report.bytes_sent:,}"),

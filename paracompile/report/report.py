@@ -57,6 +57,7 @@ class Report:
         why_a_piece: why the graph is only a piece of its model; None where it is all of it.
         bytes_handed_on: bytes that ranks gather at the end of a piece, for what follows it.
         ranks: over how many ranks it was sharded; 1 where nothing was.
+        dimension: what images are cut along ("height", ...); None where they are not.
         attentions: attentions whose tokens the ranks exchange.
         cross_attentions: attentions cut along their queries alone, which send nothing.
         whole_attentions: attentions that every rank computes whole: that is cheaper, or they cannot be cut.
@@ -75,6 +76,7 @@ class Report:
     ranks: int
     why_a_piece: str | None = None
     bytes_handed_on: int = 0
+    dimension: str | None = None
     attentions: int = 0
     cross_attentions: int = 0
     whole_attentions: int = 0
@@ -176,6 +178,7 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
     report = Report(
         ranks=ranks.size,
         why_a_piece=found.why_a_piece,
+        dimension=found.dimensions[0][0] if found.dimensions else None,
         bytes_handed_on=_gathered_at_the_end(plans[-1]) if plans and found.why_a_piece is not None else 0,
         attentions=len(exchanged),
         cross_attentions=len(cut) - len(exchanged),
