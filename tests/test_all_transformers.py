@@ -130,6 +130,7 @@ def test_every_rank_gives_what_one_gives(name: str) -> None:
         sys.stdout.write(f"{name} on {mesh_name(mesh)}: {outcome(name, mesh)}\n")
 
 
+@pytest.mark.full
 def test_no_transformer_is_left_out() -> None:
     import diffusers.models.transformers as package
 
