@@ -6,8 +6,9 @@
 A block is a module in a list ("blocks.3") that is like another in the list: it has at least half of the other's
 submodules (the last block is often shorter, or other at its end: what nobody reads is left out). The run of blocks
 is found from its end: a value that leaves the last block is followed backwards through what a residual stream is made
-of (additions, and views that join it to other tokens or take it out again), block by block and from list to list,
-until it comes from something else: an embedding. Blocks beside the stream (refiners of the text) are never met.
+of (additions, and views that join it to other tokens, take it out again or bring its dimensions into another order),
+block by block and from list to list, until it comes from something else: an embedding. Blocks beside the stream
+(refiners of the text) are never met.
 
 Requires functional ATen with fake tensors (`normalise`). Nothing is mutated.
 """

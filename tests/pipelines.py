@@ -213,6 +213,12 @@ PIPELINES: dict[str, Entry] = {
         CONTROL,
         LEARNING,
     ),
+    "StableDiffusion3Pipeline with Heun's method": Entry(
+        {**SD3, "scheduler": diffusers.FlowMatchHeunDiscreteScheduler},
+        guided(**POOLED),
+        SIZE,
+        slots("call 1", hits=(SKIPS * 2)[: 2 * STEPS - 1]),  # two evaluations a step, but for the last
+    ),
     # Qwen-Image
     "QwenImagePipeline": Entry(QWEN, guided(**PROMPT), {**SIZE, **MASKS}, PASSES),
     "QwenImageImg2ImgPipeline": Entry(QWEN, guided(**PROMPT), {**FROM_PICTURE, **MASKS}, PASSES),
@@ -381,6 +387,13 @@ PIPELINES: dict[str, Entry] = {
         slots("call 1", "call 1 (1)", hits=LEARNS),  # prompts of two lengths are two graphs
         fullgraph=False,
     ),
+    "Lumina2Pipeline with guidance in the first half": Entry(
+        {"transformer": changed(lumina2)},
+        guided(**PROMPT),
+        {**SIZE, **ATTENTION_MASKS, "cfg_trunc_ratio": 0.5},
+        {"transformer": {"call 1": LEARNS, "call 1 (1)": LEARNS[:3]}},
+        fullgraph=False,
+    ),
     "OvisImagePipeline": Entry(
         {"transformer": like("OvisImageTransformer2DModel", flux, out_channels=20)},
         guided(**PROMPT),
@@ -397,6 +410,12 @@ PIPELINES: dict[str, Entry] = {
     ),
     # latents are a list of two: one is the sample, the other an input that changes at each step
     "ZImagePipeline": Entry(Z_IMAGE, z_image_prompt, SIZE, LEARNING),
+    "ZImagePipeline with guidance in the first half": Entry(
+        Z_IMAGE,
+        z_image_prompt,
+        {**SIZE, "cfg_truncation": 0.2},
+        {"transformer": {"call 1": LEARNS[:3], "call 1 (1)": SKIPS[:3]}},
+    ),
     "ZImageImg2ImgPipeline": Entry(Z_IMAGE, z_image_prompt, FROM_PICTURE, LEARNING),
     # Pipelines that never skip
     "HiDreamImagePipeline": Entry(
