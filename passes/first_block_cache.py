@@ -52,6 +52,7 @@ from paracompile.passes.found import CacheLayout, Found, Skipped
 from paracompile.passes.mark_blocks import WATCHED, part_of, roles_of
 from paracompile.passes.writer import GraphWriter, as_float
 from paracompile.patterns.autocast import AUTOCAST_EDGES
+from paracompile.patterns.exchanges import is_collective, is_wait
 
 __all__ = ["COMPUTE", "COND", "REUSE", "first_block_cache"]
 
@@ -189,12 +190,17 @@ class _Writer:
             )
 
     def _sink(self, kept: list[_Kept]) -> None:
-        """Moves what only the middle reads into it (the first block's text, for one): a skipped step needs none."""
+        """Moves what only the middle reads into it (the first block's text, for one): a skipped step needs none.
+
+        Exchanges stay: all ranks must run them in one place, and a rank without tokens reads less of them than others.
+        """
         used = {*self._watched(), *(value.enter for value in kept)}
         reached = False
         for node in reversed(self.graph.nodes):
             reached = reached or part_of(node) == "middle"
             if not reached or node.op != "call_function" or node.target is operator.getitem or node in used:
+                continue
+            if is_collective(node) or is_wait(node):
                 continue
             if node.target in AUTOCAST_EDGES:
                 break  # before it a node may compute in another type
