@@ -118,6 +118,9 @@ def _group_norm(
     if arguments["bias"] is not None:
         bias = operands[arguments["bias"].index]
         shift = write(aten.add.Tensor, shift, write(aten.reshape.default, bias, [channels, *pixels]))
+    # In one small tensor they are computed once; Inductor would work them out anew for each pixel.
+    both = write(aten.stack.default, [scale, shift])
+    scale, shift = (write(aten.select.int, both, 0, which) for which in (0, 1))
     made = write(aten.addcmul.default, shift, wide, scale)  # as PyTorch's own kernel has it
     dtype = operation.node.meta["val"].dtype
     return made if made.meta["val"].dtype == dtype else write(aten._to_copy.default, made, dtype=dtype)
