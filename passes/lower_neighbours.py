@@ -4,7 +4,7 @@
     y = conv2d(x, w, b, padding=[1, 1])           edges = all_to_all(x's first row up, its last row down)
                                                   y = conv2d(cat([edge above, x, edge below]), w, b, padding=[0, 1])
     y = group_norm(x, 32, w, b)                   moments = all_gather(mean and variance of x, by group)
-                                                  y = (x - mean of all) * rsqrt(variance of all + eps) * w + b
+                                                  y = x * scale + shift, of the moments of all, w and b
 
 At the outer edges of the image there are the operator's own zeros (or mirrored rows, ...) instead of an edge row.
 
@@ -111,16 +111,17 @@ def _group_norm(
     mean, variance = _merged(write, own, [count / sum(counts) for count in counts], axis)
     scale = write(aten.rsqrt.default, write(aten.add.Scalar, variance, arguments["eps"]))
     mean, scale = (_of_channels(write, each, [rows, groups, channels // groups], pixels) for each in (mean, scale))
-    parameters = {
-        name: write(aten.reshape.default, operands[arguments[name].index], [channels, *pixels])
-        for name in ("weight", "bias")
-        if arguments[name] is not None
-    }
-    if "weight" in parameters:
-        scale = write(aten.mul.Tensor, scale, parameters["weight"])
-    made = write(aten.mul.Tensor, write(aten.sub.Tensor, wide, mean), scale)
-    if "bias" in parameters:
-        made = write(aten.add.Tensor, made, parameters["bias"])
+    if arguments["weight"] is not None:
+        weight = operands[arguments["weight"].index]
+        scale = write(aten.mul.Tensor, scale, write(aten.reshape.default, weight, [channels, *pixels]))
+    shift = write(aten.neg.default, write(aten.mul.Tensor, mean, scale))
+    if arguments["bias"] is not None:
+        bias = operands[arguments["bias"].index]
+        shift = write(aten.add.Tensor, shift, write(aten.reshape.default, bias, [channels, *pixels]))
+    # In one small tensor they are computed once; Inductor would work them out anew for each pixel.
+    both = write(aten.stack.default, [scale, shift])
+    scale, shift = (write(aten.select.int, both, 0, which) for which in (0, 1))
+    made = write(aten.addcmul.default, shift, wide, scale)  # as PyTorch's own kernel has it
     dtype = operation.node.meta["val"].dtype
     return made if made.meta["val"].dtype == dtype else write(aten._to_copy.default, made, dtype=dtype)
 
@@ -131,7 +132,8 @@ def _moments(write: GraphWriter, x: fx.Node, shape: Sequence[int]) -> fx.Node:
     if 0 in shape:
         return write(aten.new_zeros.default, grouped, [2, *shape[:2]], pin_memory=False)
     mean = write(aten.mean.dim, grouped, [2], True)
-    variance = write(aten.mean.dim, write(aten.square.default, write(aten.sub.Tensor, grouped, mean)), [2])
+    spread = write(aten.linalg_vector_norm.default, write(aten.sub.Tensor, grouped, mean), 2, [2])
+    variance = write(aten.div.Scalar, write(aten.square.default, spread), shape[2])
     return write(aten.stack.default, [write(aten.squeeze.dim, mean, 2), variance])
 
 

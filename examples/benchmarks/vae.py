@@ -75,11 +75,7 @@ def rank_beside_whole(arguments: argparse.Namespace, ranks: int) -> dict[str, An
     vae, latents = build(arguments)
     reports: list[Any] = []
     options = {"report": reports.append, "inputs": "trust", "compiler": arguments.compiler}
-    whole = (
-        torch.compile(decoder_of(vae), fullgraph=True, dynamic=False)
-        if arguments.compiler == "inductor"
-        else decoder_of(vae)
-    )
+    whole = torch.compile(decoder_of(vae), backend=arguments.compiler, fullgraph=True, dynamic=False)
     rank = torch.compile(decoder_of(vae), backend="paracompile", fullgraph=True, dynamic=False, options=options)
     seconds: dict[str, list[float]] = {"whole": [], "rank": []}
     peaks = {}
