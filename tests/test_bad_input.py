@@ -12,6 +12,7 @@ from random_tensors import draw, randomise
 from small_models import WIDTH, CrossAttention, SelfAttention, Transformer, image_tokens, shard, text_tokens
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.compiler._cache import CacheArtifactManager
 
 import paracompile
 from paracompile import GraphError, OptionError, ParacompileError
@@ -110,7 +111,7 @@ FUNCTIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "it is no file that save_compiled wrote",
     ),
     "save_compiled before a call": (
-        lambda: (torch._dynamo.reset(), paracompile.save_compiled("nowhere"))[1],
+        lambda: (CacheArtifactManager.clear(), paracompile.save_compiled("nowhere"))[1],
         ParacompileError,
         "nothing to save. Call the compiled model once before",
     ),

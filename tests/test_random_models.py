@@ -30,7 +30,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from paracompile.errors import ParacompileError
 from paracompile.passes import CachePasses
-from paracompile.passes.cache_decision import Record
+from paracompile.passes.cache_decision import CacheRules, Control, Record
 
 CASES = int(os.environ.get("PARACOMPILE_RANDOM_CASES", "0"))
 TOLERANCE = 2e-5
@@ -121,7 +121,7 @@ class Ranks:
 
     def step(self, arguments: Sequence[Any]) -> list[Any]:
         """The outputs of one step, by rank."""
-        control = torch.tensor([ALWAYS, 0.0])
+        control = torch.tensor([ALWAYS, 0.0, 0.0, *Control.plan(CacheRules())])
         found = run_lockstep(
             self.of.graphs,
             [
