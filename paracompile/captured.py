@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from paracompile.errors import GraphError, ParacompileError
 from paracompile.layout.graph import is_static
 from paracompile.patterns.blocks import find_blocks
+from paracompile.patterns.convolutions import overlaps
 from paracompile.patterns.numbers import Numbers, find_numbers
 
 __all__ = ["Captured"]
@@ -175,16 +176,12 @@ class Captured:
 
 
 def _mixes_neighbours(node: fx.Node) -> bool:
-    """Whether a node is a convolution whose kernel has more than one position, and more than it steps by."""
+    """Whether a node is a convolution with overlapping windows."""
     if node.target not in _CONVOLUTIONS:
         return False
     named: dict[str, Any] = {**dict(zip(("input", "weight", "bias", "stride"), node.args, strict=False)), **node.kwargs}
-    weight, stride = named["weight"].meta.get("example_value"), named.get("stride", 1)
-    if not isinstance(weight, torch.Tensor):
-        return False
-    kernel = weight.shape[2:]
-    strides = tuple(stride) if isinstance(stride, (list, tuple)) else (stride,)
-    return any(size > step for size, step in zip(kernel, strides * len(kernel), strict=False))
+    weight = named["weight"].meta.get("example_value")
+    return isinstance(weight, torch.Tensor) and overlaps(weight.shape[2:], named.get("stride", 1))
 
 
 def _running_model() -> set[str]:

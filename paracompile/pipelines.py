@@ -6,10 +6,12 @@ import base64
 import functools
 import inspect
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
@@ -59,7 +61,7 @@ def parallelize(
         the same pipeline.
 
     Raises:
-        OptionError: no transformer in it, or no VAE; an option that cannot work.
+        OptionError: no transformer in it, or no VAE; an option that cannot work; torchrun's processes did not join.
 
     Example:
         pipe = paracompile.parallelize(FluxPipeline.from_pretrained(...).to("cuda"), rdt=0.08)
@@ -67,6 +69,9 @@ def parallelize(
     if output not in get_args(Output):
         raise OptionError("output", output, 'give "all" or "first"')
     chosen = Options.parse({"mesh": mesh, **options})
+    if dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+        remedy = "torchrun started several processes, and they would each run alone: call init_process_group before"
+        raise OptionError("mesh", mesh, remedy)
     ranks = Ranks.from_mesh(mesh)
     denoisers, coders = _denoisers(pipe), _coders(pipe) if vae else {}
     for module in denoisers.values():
@@ -129,15 +134,15 @@ def _keep_together(pipe: Any, ranks: Ranks, options: Options, output: Output, *,
         pipe.set_progress_bar_config(**{**shown, "disable": True})
     agreement = Agreement(ranks.members, options.timeout)
     original: Any = next(base for base in type(pipe).__mro__ if _MARK not in vars(base))
-
-    takes = inspect.signature(original.__call__).parameters
+    signature = inspect.signature(original.__call__)
 
     @functools.wraps(original.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         _agree_on_randomness(agreement, args, kwargs)
-        if drops and not decodes_together and "output_type" in takes:
-            kwargs = {**kwargs, "output_type": "latent"}  # so that it is not decoded
-        result = original.__call__(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        if drops and not decodes_together and "output_type" in signature.parameters:
+            given.arguments["output_type"] = "latent"  # so that it is not decoded
+        result = original.__call__(*given.args, **given.kwargs)
         return None if drops else result
 
     same = {key: vars(original)[key] for key in ("__module__", "__doc__") if key in vars(original)}

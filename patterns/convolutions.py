@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from paracompile.layout.graph import Operation, Value, shape_of
 from paracompile.layout.places import Spatial
 from paracompile.patterns.flops import CONVOLUTIONS, flops_of
 
-__all__ = ["DIMENSIONS", "mixes_neighbours", "spatial_seeds", "works_on_images"]
+__all__ = ["DIMENSIONS", "mixes_neighbours", "overlaps", "spatial_seeds", "works_on_images"]
 
 DIMENSIONS = {-1: "width", -2: "height", -3: "frames"}
 """What a spatial dimension, counted from the last, is called."""
@@ -17,10 +18,20 @@ _MOSTLY = 0.5
 """The share of a graph's products in convolutions from which on it works on images, not on tokens."""
 
 
+def overlaps(kernel: Sequence[int], stride: Any) -> bool:
+    """Whether a convolution's windows overlap: along some dimension its kernel is longer than its step.
+
+    args:
+        stride: one number, or one for each dimension.
+    """
+    steps = list(stride) if isinstance(stride, (list, tuple)) else [stride]
+    return any(size > step for size, step in zip(kernel, steps * len(kernel), strict=False))
+
+
 def mixes_neighbours(operation: Operation) -> bool:
-    """Whether an operation is a convolution whose kernel has more than one position."""
+    """Whether an operation is a convolution with overlapping windows; those that embed patches have none."""
     op = operation.op
-    return op is not None and op.target in CONVOLUTIONS and any(size > 1 for size in op.operands[1][2:])
+    return op is not None and op.target in CONVOLUTIONS and overlaps(op.operands[1][2:], op.arguments["stride"])
 
 
 def works_on_images(operations: Sequence[Operation]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -87,11 +88,13 @@ def test_the_vae_too(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_with_the_default_compiler() -> None:
-    pipe = load()
-    plain = latents(pipe)
+    plain, interpreted, pipe = load(), load(), load()
+    parallelize(interpreted, rdt=ALWAYS, compiler="eager")
     parallelize(pipe, rdt=ALWAYS)
+    assert torch.allclose(latents(pipe), latents(interpreted), rtol=1e-4, atol=1e-4)
+    assert cache_stats(pipe.transformer).hits == 3
     set_rdt(pipe.transformer, 0)
-    assert torch.allclose(latents(pipe), plain, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(latents(pipe), latents(plain), rtol=1e-4, atol=1e-4)
 
 
 def test_again_with_other_options() -> None:
@@ -245,6 +248,20 @@ def test_what_cannot_work_is_an_error() -> None:
         parallelize(without, vae=True)
     with pytest.raises(OptionError, match="give one of int8"):
         parallelize(load(), quantize="int3")
+
+
+def test_processes_that_did_not_join_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would make the whole picture, and nobody would know."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OptionError, match="they would each run alone: call init_process_group before"):
+        parallelize(load())
+
+
+def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.core.config", None)
+    with pytest.raises(OptionError, match=r"it needs torchao: pip install 'paracompile\[quantization\]'"):
+        parallelize(load(), quantize="int8")
 
 
 def test_it_is_documented() -> None:

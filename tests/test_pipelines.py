@@ -73,7 +73,7 @@ class Ran:
 
     attributes:
         name: of its entry.
-        plain: the picture of prompt 1 before anything was compiled.
+        plain: the picture of prompt 1 by a pipeline of which nothing was compiled.
         first, other, again: those of prompts 1, 2 and 1 with the cache.
         computed: that of prompt 1 with the threshold set to 0.
         hits: of each component, the hits of each slot in each of the three generations with the cache.
@@ -114,9 +114,8 @@ def ran(request: pytest.FixtureRequest) -> Iterator[Ran]:
     torch._dynamo.reset()
     diffusers.utils.logging.set_verbosity_error()
     entry = PIPELINES[request.param]
-    pipeline = build(request.param)
-    plain = generate(entry, pipeline, 1)
-    compiled(entry, pipeline)
+    plain = generate(entry, build(request.param), 1)
+    pipeline = compiled(entry, build(request.param))  # one that was never called, as its user has it
     hits, pictures = [], []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -172,9 +171,8 @@ def test_a_prompt_that_a_callback_changes_is_seen(name: str) -> None:
 
     torch._dynamo.reset()
     entry = replace(PIPELINES[name], call={**PIPELINES[name].call, "callback_on_step_end": change})
-    pipeline = build(name)
-    generate(entry, pipeline, 1)  # Z-Image makes tables at its first call, in a way that Dynamo cannot capture
-    generate(entry, compiled(entry, pipeline), 1)
+    pipeline = compiled(entry, build(name))
+    generate(entry, pipeline, 1)
     assert hits_of(entry, pipeline) == {"transformer": CHANGED_ON_THE_WAY[name]}
 
 
@@ -184,9 +182,8 @@ torch.set_num_threads(1)
 from pipelines import PIPELINES, build
 from test_pipelines import compiled, generate
 name, file = sys.argv[1:]
-entry, pipeline = PIPELINES[name], build(name)
-generate(entry, pipeline, 2)
-torch.save(generate(entry, compiled(entry, pipeline), 1), file)
+entry = PIPELINES[name]
+torch.save(generate(entry, compiled(entry, build(name)), 1), file)
 """
 
 

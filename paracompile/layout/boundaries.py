@@ -56,7 +56,7 @@ def _picoseconds(seconds: float) -> int:
     return 1 + round(1e12 * seconds)
 
 
-def exchanged(cuts: Mapping[Operation, Cut]) -> dict[Operation, int]:
+def bytes_exchanged(cuts: Mapping[Operation, Cut]) -> dict[Operation, int]:
     """The bytes that a rank exchanges for each operation that needs something of the others, if it is cut."""
     found = {}
     for operation, cut in cuts.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from paracompile.layout.boundaries import Machine, exchanged
+from paracompile.layout.boundaries import Machine, bytes_exchanged
 from paracompile.layout.graph import Operation, bytes_of, is_tensor, value_of
 from paracompile.layout.plan import Plan
 
@@ -41,6 +41,6 @@ def cost_of(plan: Plan, flops: Callable[[Operation], int], ranks: int, machine: 
     (output,) = plan.operations[0].node.graph.find_nodes(op="output")
     gathered = {value for _, value in plan.unmatched()}
     gathered |= {value for node in output.all_input_nodes if is_tensor(node) and plan.result(value := value_of(node))}
-    sizes = [*exchanged(plan.cuts).values(), *((ranks - 1) * bytes_of(value) // ranks for value in gathered)]
+    sizes = [*bytes_exchanged(plan.cuts).values(), *((ranks - 1) * bytes_of(value) // ranks for value in gathered)]
     seconds = machine.work(round(fullest)) + sum(machine.transfer(size, model) for size in sizes)
     return Cost(fullest / max(1, sum(work.values())), sum(sizes), seconds)

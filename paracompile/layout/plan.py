@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import fx
 from torch._ops import OpOverload
 
-from paracompile.layout.boundaries import Machine, choose, exchanged
+from paracompile.layout.boundaries import Machine, bytes_exchanged, choose
 from paracompile.layout.factors import Place, Rule, Shape
 from paracompile.layout.graph import Operation, Value, is_tensor, operations, value_of
 from paracompile.layout.places import Attention, Cut, Seed, Spatial, accepts, cut_of, exchanges, propagate
@@ -190,7 +190,7 @@ def make_plan(
     misaligned: dict[Operation, None] = {}
     machine = machine or Machine()
     while True:
-        sent = exchanged(possible) if isinstance(seed, Spatial) else None
+        sent = bytes_exchanged(possible) if isinstance(seed, Spatial) else None
         chosen = choose(all_operations, outputs, possible, attentions, places, flops, ranks, machine, sent)
         cuts = {operation: cut for operation, cut in possible.items() if operation in chosen}
         segments = find_segments(cuts, cuts, attentions, places, ranks)

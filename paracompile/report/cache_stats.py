@@ -20,8 +20,8 @@ class Step:
 
     attributes:
         hit: blocks were skipped.
-        difference: of the first block's residual, relative to that of the last computed step; None where there is
-            nothing to compare with.
+        difference: of what is watched, relative to that of the step it is compared with: the last computed one, or with
+            `coefficients` the last one; None where there is nothing to compare with.
     """
 
     hit: bool

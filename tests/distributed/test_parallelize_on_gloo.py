@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -59,12 +60,15 @@ def first_only(rank: int) -> list[Any]:
     pipe = paracompile.parallelize(load(), compiler="eager", output="first")
     paracompile.parallelize(pipe, compiler="eager", output="first")  # once more does no harm
     size, tokens = pipe.vae.config.sample_size, pipe.tokenizer_2.model_max_length
-    output = pipe("a circle", height=size, width=size, max_sequence_length=tokens, num_inference_steps=1)
-    return [output is None, sum("_paracompile_ranks" in vars(base) for base in type(pipe).__mro__)]
+    with mock.patch.object(pipe.vae, "decode", wraps=pipe.vae.decode) as decode:
+        output = pipe("a circle", height=size, width=size, max_sequence_length=tokens, num_inference_steps=1)
+    marks = sum("_paracompile_ranks" in vars(base) for base in type(pipe).__mro__)
+    return [output is None, decode.call_count, marks]
 
 
 def test_the_result_may_be_the_first_rank_s_alone(two_ranks: Pool) -> None:
-    assert two_ranks.run(first_only) == [[False, 1], [True, 1]]
+    """The second neither returns nor decodes it."""
+    assert two_ranks.run(first_only) == [[False, 1, 1], [True, 0, 1]]
 
 
 def decoded(rank: int) -> list[Any]:
