@@ -17,9 +17,21 @@ def pytest_configure() -> None:
     logging.getLogger("torch.__trace").propagate = True
 
 
-@pytest.fixture(autouse=True)
-def _forget_what_was_compiled() -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="module")
+def _forget_with_the_module() -> Iterator[None]:
+    _forget()
     yield
+    _forget()
+
+
+@pytest.fixture(autouse=True)
+def _forget_with_each_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if request.node.get_closest_marker("shares_graphs") is None:
+        _forget()
+
+
+def _forget() -> None:
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 

@@ -44,6 +44,8 @@ from paracompile.integrations import diffusers as diffusers_integration
 from paracompile.integrations.diffusers import listen
 from paracompile.runtime.slots import current_generation
 
+pytestmark = pytest.mark.shares_graphs
+
 TINY_FLUX = Path(__file__).parents[1] / "examples" / "tiny_flux"
 TEXT_WIDTH = 64  # of both its text encoders
 STEPS = 5
@@ -171,11 +173,6 @@ CASES = {
     ),
     "Wan": Case(_wan, _wan_embeds, {"guidance_scale": 4.0, "num_frames": 9}, dict.fromkeys(PASSES, HITS)),
 }
-
-
-@pytest.fixture(autouse=True)
-def _forget_what_was_compiled() -> None:
-    """Instead of the one for all tests: the tests of a pipeline share its graph."""
 
 
 @pytest.fixture(scope="module", params=CASES)

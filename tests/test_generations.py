@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from paracompile import cache_stats, set_rdt
 
+pytestmark = pytest.mark.shares_graphs
+
 OPTIONS: dict[str, Any] = {"max_consecutive_hits": 2, "taylor_order": 1}
 WITHOUT_CONTEXT = ("stable_diffusion_3",)
 HITS = [False, True, True, False, True]  # of one pass
@@ -33,11 +35,6 @@ def hits_of(naming: str) -> list[bool]:
 
 
 all_namings = pytest.mark.parametrize("naming", NAMINGS)
-
-
-@pytest.fixture(autouse=True)
-def _forget_what_was_compiled() -> None:
-    """Instead of the one for all tests: the tests of a family share its graphs, see `family`."""
 
 
 THOROUGH = ("flux", "stable_diffusion_3")  # with diffusers' cache_context and without; what is tested knows no family

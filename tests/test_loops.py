@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,23 +13,13 @@ from torch import Tensor, nn
 
 from paracompile import cache_stats
 
+pytestmark = pytest.mark.shares_graphs
+
 TIMES = [900.0 - 100 * number for number in range(6)]
 SHAPE = prompts("wan").conditioning["cond"]["encoder_hidden_states"].shape
 COND, UNCOND = (draw(*SHAPE, seed=seed) for seed in range(2))
 COMPUTED, SKIPPED = False, True
 ALL = [COMPUTED, *[SKIPPED] * 5]
-
-
-@pytest.fixture(autouse=True)
-def _forget_what_was_compiled() -> None:
-    """Instead of the one for all tests: these share one graph."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_graph() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def fresh() -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,20 +15,10 @@ from torch import Tensor
 
 from paracompile import cache_context, cache_stats
 
+pytestmark = pytest.mark.shares_graphs
+
 TIMES = [900.0 - 100 * number for number in range(7)]
 A, B, C, D = (draw(*prompts("wan").conditioning["cond"]["encoder_hidden_states"].shape, seed=seed) for seed in range(4))
-
-
-@pytest.fixture(autouse=True)
-def _forget_what_was_compiled() -> None:
-    """Instead of the one for all tests: these share one graph."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_graph() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def run(texts: Sequence[Tensor], times: Sequence[float] = TIMES, model: Any = None) -> Any:

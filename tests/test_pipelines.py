@@ -22,6 +22,8 @@ from torch import Tensor
 
 from paracompile import cache_stats, set_rdt
 
+pytestmark = pytest.mark.shares_graphs
+
 QUICK = (
     "FluxPipeline",
     "FluxControlNetPipeline",
@@ -102,11 +104,6 @@ def hits_of(entry: Entry, pipeline: Any) -> dict[str, dict[str, tuple[bool, ...]
         name: {slot: tuple(step.hit for step in steps) for slot, steps in each.slots.items()}
         for name, each in stats.items()
     }
-
-
-@pytest.fixture(autouse=True)
-def _forget_what_was_compiled() -> None:
-    """Instead of the one for all tests: the tests of a pipeline share its graphs."""
 
 
 @pytest.fixture(scope="module", params=marked(QUICK))

@@ -7,7 +7,6 @@ import contextvars
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -34,19 +33,9 @@ from torch import Tensor, nn
 from paracompile import OptionError, cache_context, cache_stats, reset_cache, set_rdt
 from paracompile.runtime.slots import UNKNOWN, CallSigns, current_name
 
+pytestmark = pytest.mark.shares_graphs
+
 UNNAMED_HITS = [False, False, True, True, True]
-
-
-@pytest.fixture(autouse=True)
-def _forget_what_was_compiled() -> None:
-    """Instead of the one for all tests: these share one graph."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_graph() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def fresh() -> nn.Module:
