@@ -14,6 +14,8 @@ met only once: nothing is lost by it.
 How a value lies in memory at the edge of a region is stated: contiguous, if the region computes it, so that a stream
 does not keep the layout of what it was patched from through all blocks; where it is a view (a slice of a larger result)
 as it is, so that nothing is copied. What the next region is compiled with is what fake tensors say of the one before.
+Where only one operand of a `cat` or `stack` holds anything, it is written as the copy that it is: Inductor would hand
+back a tensor with the operand's strides, whatever it promised.
 
 What remains calls submodules and takes their results, and is run by `paracompile.runtime.program`.
 """
@@ -39,6 +41,8 @@ from paracompile.passes.first_block_cache import COND
 from paracompile.patterns.regions import Body, cut_along_blocks, is_view, look_of
 
 __all__ = ["cut_into_regions", "examples_of", "regions_of"]
+
+aten = torch.ops.aten
 
 
 def cut_into_regions(gm: fx.GraphModule, example_inputs: Sequence[Any], *, along_blocks: bool = True) -> fx.GraphModule:
@@ -229,6 +233,10 @@ class _Cutter:
                 if source not in inner:  # a submodule, of an operator that takes one
                     inner[source] = graph.get_attr(str(source.target))
                     root.register_module(str(source.target), getattr(source.graph.owning_module, str(source.target)))
+            part = _only_part(node)
+            if part is not None:
+                inner[node] = _copy(graph, node, inner[part])
+                continue
             # Without its name, which tells where it stood: equal regions are equal in Inductor's cache, too.
             args, kwargs = fx.map_arg((node.args, node.kwargs), inner.__getitem__)
             inner[node] = graph.create_node(node.op, node.target, args, kwargs)
@@ -251,7 +259,7 @@ class _Cutter:
             found[place] = self._contiguous(fake)
             with module.graph.inserting_before(output):
                 how: dict[str, Any] = {"memory_format": torch.contiguous_format}
-                results[place] = module.graph.call_function(torch.ops.aten.clone.default, (results[place],), how)
+                results[place] = module.graph.call_function(aten.clone.default, (results[place],), how)
                 results[place].meta["val"] = found[place]
         output.args = (tuple(results),)
         module.recompile()
@@ -274,6 +282,27 @@ def _joined(bodies: Sequence[Body | None], shared: set[Body], along_blocks: bool
         joined.append(body)
         alone = body not in shared
     return joined
+
+
+def _only_part(node: fx.Node) -> fx.Node | None:
+    """The operand of a `cat` or `stack` that is all of its result; None where there are more, or it is neither."""
+    if node.target not in (aten.cat.default, aten.stack.default):
+        return None
+    parts: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
+    holding = [part for part in parts if part.meta["val"].numel()]
+    return holding[0] if len(holding) == 1 and (len(parts) == 1 or node.target is aten.cat.default) else None
+
+
+def _copy(graph: fx.Graph, joined: fx.Node, part: fx.Node) -> fx.Node:
+    """What a `cat` or `stack` of nothing but `part` makes, contiguous."""
+    like = joined.meta["val"]
+    if joined.target is aten.stack.default:
+        part = graph.call_function(aten.reshape.default, (part, list(like.shape)))
+        part.meta = dict(joined.meta)
+    how: dict[str, Any] = {"dtype": like.dtype, "memory_format": torch.contiguous_format}
+    copy = graph.call_function(aten._to_copy.default, (part,), how)
+    copy.meta = dict(joined.meta)
+    return copy
 
 
 def _name(body: Body) -> str:

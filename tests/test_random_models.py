@@ -33,7 +33,8 @@ from paracompile.passes import CachePasses
 from paracompile.passes.cache_decision import CacheRules, Control, Record
 
 CASES = int(os.environ.get("PARACOMPILE_RANDOM_CASES", "0"))
-TOLERANCE = 2e-5
+TOLERANCE = 1e-9
+"""In float64: in float32 some of these models make 4e-5 of the largest value of rounding alone."""
 ONE_PATCH = Recipe(
     mesh={"ring": 3},
     batch=2,
@@ -87,7 +88,7 @@ def test_equal_or_refused_by_an_error_with_a_remedy(capsys: pytest.CaptureFixtur
 
 
 def _outcome(recipe: Recipe) -> str:
-    model, inputs = build(recipe)
+    model, inputs = _in_double(*build(recipe))
     skipped = False
     try:
         assert_sharded(model, inputs, recipe.mesh, tolerance=TOLERANCE, together=recipe.together)
@@ -99,6 +100,12 @@ def _outcome(recipe: Recipe) -> str:
         assert REMEDY.search(message)
         return f"refused: {_cause(message)}"
     return "equal, with a skipped step" if skipped else "equal"
+
+
+def _in_double(model: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, Sequence[Any]]:
+    return model.double(), [
+        value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs
+    ]
 
 
 @dataclass

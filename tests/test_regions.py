@@ -523,6 +523,36 @@ def test_under_inductor(options: dict[str, Any]) -> None:
         assert compilation is None or compilation.regions == (4 if "rdt" in options else 1)
 
 
+JOINED: dict[str, Any] = {
+    "nothing beside it": lambda x: torch.cat([x, x.new_zeros(BATCH, 0, WIDTH)], 1),
+    "alone": lambda x: torch.cat([x], 1),
+    "alone, of another type": lambda x: torch.cat([x.half(), x.new_zeros(BATCH, 0, WIDTH)], 1),
+    "stacked alone": lambda x: torch.stack([x[0]]).expand(BATCH, -1, -1).clone(),
+    "two": lambda x: torch.cat([x[:, :3], x[:, 3:]], 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", JOINED)
+def test_what_is_joined_of_one_part_is_contiguous_at_the_edge(name: str) -> None:
+    """As the next region is compiled for; Inductor keeps the part's own layout (channels first, here) if it may."""
+
+    class Patched(Denoiser):
+        def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+            x = self.proj_in(hidden_states) * (1 + timestep.reshape(-1, 1, 1))
+            x = JOINED[name](x.transpose(1, 2).contiguous().transpose(1, 2))
+            for block in self.blocks:
+                x = block(x)
+            return (self.proj_out(x),)
+
+    model = randomise(Patched(4))
+    compiled, _ = one_rank(model)
+    (given,) = steps_of(1)
+    with torch.no_grad():
+        # 16 bits, which Inductor rounds to where it must only
+        torch.testing.assert_close(compiled(**given), model(**given), rtol=1e-2, atol=1e-2)
+
+
 def test_attention_is_called_with_its_own_layout() -> None:
     """The strides at the edges are those that the graph states, whatever the kernels prefer."""
     q = draw(1, 5, 2, 8).transpose(1, 2)
