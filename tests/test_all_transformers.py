@@ -81,7 +81,7 @@ def on_ranks(model: nn.Module, inputs: dict[str, Any], mesh: dict[str, int], **h
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         run.graphs += 1
         captured = Captured(gm, example_inputs)
-        if captured.why_a_piece is not None and not captured.has_attention():
+        if captured.why_a_piece is not None and not captured.may_be_shared():
             return gm.forward
         ints = captured.numbers.ints
         made = of_all_ranks(gm, example_inputs, mesh)
