@@ -30,7 +30,7 @@ from paracompile.passes.attention_on_shards import Lengths
 from paracompile.passes.cache_decision import Control
 from paracompile.recompiles import make_room
 from paracompile.report.dump import Dump
-from paracompile.report.report import NO_BLOCKS, Report, in_pieces, report_of
+from paracompile.report.report import NO_BLOCKS, Report, in_pieces, report_of, serves_nothing
 from paracompile.runtime.agreement import Agreement
 from paracompile.runtime.cached_call import graph_compiled
 from paracompile.seen_again import seen_again, seen_again_as_captured
@@ -65,7 +65,7 @@ def paracompile(
         facts["options"] = chosen.fingerprint()
         note_compiled(Compiled.of(captured.model, captured.weights, ranks))
     graph_compiled([value for value in example_inputs if isinstance(value, nn.Parameter)], caches=chosen.caches)
-    optional = ranks.is_single and not chosen.caches
+    optional = ranks.is_single and not chosen.caches and chosen.kernel == "auto"
     dump = Dump(chosen.dump, captured.name, ranks.flat_rank)
     dump("captured", gm)
     if optional and not _may_gain(captured, chosen):
@@ -98,6 +98,8 @@ def paracompile(
     make_room()
     if chosen.caches and found.cache is None and found.why_a_piece is None:
         warnings.warn(NO_BLOCKS, stacklevel=2)
+    if chosen.kernel != "auto" and found.kernel_declined and not found.kernel_serves:
+        warnings.warn(serves_nothing(found), stacklevel=2)
     if chosen.report is not None and report is not None:
         chosen.report(replace(report, compilation=compilation))
     run = as_called(compiled, captured, chosen, ranks, found, threshold, plan=Control.plan(_cache_rules(chosen)))
@@ -169,6 +171,7 @@ def _rewritten(
         drop_keys=options.drop_masked_keys,
         lengths=lengths,
         together=True,
+        kernel=options.kernel,
         cache=_cache_passes(options) if options.caches else None,
         regions=options.regions,
     )

@@ -17,12 +17,14 @@ from typing import Any, Literal, cast, get_args, get_origin
 from torch.distributed.device_mesh import DeviceMesh
 
 from paracompile.errors import OptionError
+from paracompile.runtime.functions import named
 
 __all__ = ["CACHE_OPTIONS", "Compiler", "InputMode", "Options"]
 
 InputMode = Literal["broadcast", "check", "trust"]
 Compiler = Literal["inductor", "eager", "aot_eager"]
 Watch = Literal["residual", "modulation"]
+Kernel = Literal["auto", "cudnn", "flash", "efficient", "math", "flex"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,14 @@ class Options:
     drop_masked_keys: bool = True
     """Where a mask only hides keys (padding), attend to the visible ones with the fast kernel and no mask."""
 
+    attention: Kernel | Callable[..., Any] = "auto"
+    """What computes attention on a rank, in a ring, too: "auto" is PyTorch's choice, or a FlashAttention 3 or 4 that is
+    installed; "cudnn", "flash", "efficient", "math", "flex"; or a function `f(query, key, value, *, scale)` of tensors
+    (rows, heads, tokens, size) with as many heads each. What has a mask goes to a function that takes `mask` (boolean,
+    True: sees, or additive, broadcastable to the scores); a ring needs one that takes `return_lse` and then returns
+    the natural logarithm of the sum of each row's exponentials, (rows, heads, queries), as well. What a kernel cannot
+    serve is left to PyTorch, and the report says so."""
+
     regions: bool = True
     """Compile the graph in regions along the model's blocks, equal ones once. False: in one piece (with the first block
     cache: in one piece each before, within and after what it may skip)."""
@@ -143,6 +153,8 @@ class Options:
         for key in ("shard_inputs", "drop_masked_keys", "regions", "verify"):
             if not isinstance(getattr(self, key), bool):
                 raise OptionError(key, getattr(self, key), "give True or False")
+        if not callable(self.attention):
+            _one_of("attention", self.attention, get_args(Kernel), "or a function")
         if not self.shard_inputs and self.inputs == "check":
             raise OptionError("inputs", self.inputs, "shards differ from rank to rank: leave it out")
         if not self.shard_inputs and self.verify:
@@ -174,6 +186,11 @@ class Options:
     def caches(self) -> bool:
         """Whether the first block cache is asked for."""
         return bool(self.rdt)
+
+    @property
+    def kernel(self) -> str:
+        """The name of what computes attention."""
+        return named(self.attention) if callable(self.attention) else self.attention
 
     def _check_cache(self) -> None:
         _one_of("watch", self.watch, get_args(Watch))
@@ -209,6 +226,7 @@ class Options:
             **{key: getattr(self, key) for key in (*(key for key, _, _ in _CACHE_OPTIONS), *_CACHE_POLICY)},
             "shard_inputs": self.shard_inputs,
             "drop_masked_keys": self.drop_masked_keys,
+            "attention": self.kernel,
             "regions": self.regions,
             "compiler": self.compiler,
             "verify": self.verify,
@@ -223,10 +241,11 @@ def _close(key: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(repr(match) for match in matches)}" if matches else ""
 
 
-def _one_of(key: str, value: object, choices: tuple[str, ...]) -> None:
+def _one_of(key: str, value: object, choices: tuple[str, ...], otherwise: str = "") -> None:
     if not isinstance(value, str) or value not in choices:
         hint = _close(value, choices) if isinstance(value, str) else ""
-        raise OptionError(key, value, f"give one of {', '.join(repr(choice) for choice in choices)}{hint}")
+        given = ", ".join(repr(choice) for choice in choices)
+        raise OptionError(key, value, f"give one of {given}{otherwise and f' {otherwise}'}{hint}")
 
 
 def number(key: str, value: object, remedy: str) -> float:

@@ -18,6 +18,7 @@ from paracompile.errors import ParacompileError
 from paracompile.mesh import Ranks
 from paracompile.passes.attention_on_shards import Lengths, attention_on_shards, local_lengths
 from paracompile.passes.cache_decision import CacheRules
+from paracompile.passes.choose_kernels import choose_kernels
 from paracompile.passes.drop_masked_keys import drop_masked_keys
 from paracompile.passes.first_block_cache import first_block_cache
 from paracompile.passes.found import CacheLayout, Found
@@ -88,6 +89,7 @@ def pipeline(
     drop_keys: bool = True,
     lengths: Sequence[Lengths] | None = None,
     together: bool = False,
+    kernel: str = "auto",
     cache: CachePasses | None = None,
     regions: bool | None = None,
 ) -> list[Pass]:
@@ -98,6 +100,7 @@ def pipeline(
         drop_keys: drop keys that a mask hides from all.
         lengths: the graph's inputs are shards already, of these lengths on each rank (see `local_lengths`).
         together: exchanges that are mostly their start go together.
+        kernel: what computes attention (see `paracompile.patterns.kernels`).
         cache: skip blocks whose effect hardly changes.
         regions: cut the graph for the compiler, along its blocks or (False) at conditionals only; None: leave it whole.
     """
@@ -138,6 +141,8 @@ def pipeline(
         ]
     if drop_keys:
         passes.append(Pass(partial(drop_masked_keys, found=found), requires=aten, provides="visible keys only"))
+    chosen = partial(choose_kernels, kernel=kernel, found=found)
+    passes.append(Pass(chosen, requires=aten, provides="kernels"))
     if cache is not None:
         skip = partial(first_block_cache, rules=cache.rules, ranks=ranks, found=found)
         passes.append(Pass(skip, requires=frozenset({"marked blocks"}), provides="first block cache"))

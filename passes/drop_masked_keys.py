@@ -23,7 +23,7 @@ from torch._guards import detect_fake_mode
 import paracompile.runtime.visible  # noqa: F401  (registers the operators)
 from paracompile.layout.graph import is_tensor, named_arguments
 from paracompile.passes.found import Found
-from paracompile.passes.writer import GraphWriter
+from paracompile.passes.writer import GraphWriter, in_type
 
 aten = torch.ops.aten
 ours = torch.ops.paracompile
@@ -59,7 +59,9 @@ def drop_masked_keys(gm: fx.GraphModule, example_inputs: Sequence[Any], *, found
         if part not in visible:
             visible |= _visible(write, part.of, sorted({each for each in part_of.values() if each.of is part.of}))
         with gm.graph.inserting_before(node):
-            operands = [_as_computed(write, arguments[name], node) for name in ("query", "key", "value")]
+            # Autocast may have chosen the type in which it computes.
+            dtype = _result(node).dtype
+            operands = [in_type(write, arguments[name], dtype) for name in ("query", "key", "value")]
             attended = write(replacement, *operands, *visible[part], *(arguments[name] for name in others))
         node.replace_all_uses_with(attended)
         mask = _mask(node)
@@ -136,14 +138,6 @@ def _erase_unused(node: fx.Node) -> None:
     node.graph.erase_node(node)
     for other in used:
         _erase_unused(other)
-
-
-def _as_computed(write: GraphWriter, operand: fx.Node, attention: fx.Node) -> fx.Node:
-    """`operand` in the type in which `attention` computes, which autocast may have chosen."""
-    dtype = _result(attention).dtype
-    if operand.meta["val"].dtype is dtype:
-        return operand
-    return write(aten._to_copy.default, operand, dtype=dtype)
 
 
 class _Part(NamedTuple):

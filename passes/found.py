@@ -75,6 +75,9 @@ class Found:
         together: how many attentions have their queries, keys and values in one exchange (`lower`).
         skipped: what may be skipped (`mark_blocks`); None without a cache, or where no blocks are.
         masks_dropped: how many attentions got along without their mask (`drop_masked_keys`).
+        kernel: what attention is computed by where it was not left to PyTorch (`choose_kernels`).
+        kernel_serves: how many attentions it computes.
+        kernel_declined: how many it does not, by the reason.
         seen_again: the places of inputs that whoever passes them sees again: written to, or handed back.
         ints: the places of Python's ints that the graph takes as tensors (`normalise`).
         cache: what the graph takes and gives for it (`first_block_cache`).
@@ -86,6 +89,9 @@ class Found:
     skipped: Skipped | None = None
     together: int = 0
     masks_dropped: int = 0
+    kernel: str | None = None
+    kernel_serves: int = 0
+    kernel_declined: dict[str, int] = field(default_factory=dict)
     seen_again: frozenset[int] = frozenset()
     ints: frozenset[int] = frozenset()
     cache: CacheLayout | None = None

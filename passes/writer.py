@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from paracompile.patterns.regions import look_of
 
-__all__ = ["PROVENANCE", "GraphWriter", "as_float"]
+__all__ = ["PROVENANCE", "GraphWriter", "as_float", "in_type"]
 
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "cache_part")
 """What a node that is written in another's place takes over of its `meta`."""
@@ -73,4 +73,9 @@ def as_float(write: GraphWriter, value: fx.Node, device: torch.device | None = N
     copy, made = torch.ops.aten._to_copy.default, value.meta["val"]
     if device is not None and device != made.device:
         return write(copy, value, dtype=torch.float32, device=device, non_blocking=True)
-    return value if made.dtype is torch.float32 else write(copy, value, dtype=torch.float32)
+    return in_type(write, value, torch.float32)
+
+
+def in_type(write: GraphWriter, value: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The value in this type."""
+    return value if value.meta["val"].dtype is dtype else write(torch.ops.aten._to_copy.default, value, dtype=dtype)

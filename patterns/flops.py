@@ -113,6 +113,7 @@ _FORMULAS: dict[OpOverload[..., object], Callable[[Op], int]] = {
     aten.ger.default: _outer,
     aten.einsum.default: _einsum,
     aten.scaled_dot_product_attention.default: _attention,
+    torch.ops.paracompile.attention_by.default: _attention,
     torch.ops.paracompile.attention_with_lse.default: _attention,
     torch.ops.paracompile.attention_to_visible.default: _attention,
     torch.ops.paracompile.attention_with_lse_to_visible.default: _attention,

@@ -94,7 +94,11 @@ def test_taken(given: dict[str, Any]) -> None:
         ({"shard_inputs": False, "verify": True}, "verify", ["no rank has the whole inputs"]),
         ({"shard_inputs": False, "inputs": "check"}, "inputs", ["shards differ"]),
         ({"input": "check"}, "input", ["no such option", "'inputs'", "mesh, inputs, rdt, "]),
-        ({"zzz": 1}, "zzz", ["Options: mesh, inputs, rdt, ", "shard_inputs, drop_masked_keys, regions, compiler"]),
+        (
+            {"zzz": 1},
+            "zzz",
+            ["Options: mesh, inputs, rdt, ", "drop_masked_keys, attention, regions"],
+        ),
         ("mesh", "options", ["dict"]),
     ],
 )

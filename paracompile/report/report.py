@@ -69,6 +69,8 @@ class Report:
         blocks_skipped: how many of them it may skip.
         flops_skipped: operations of one rank in these.
         state_bytes: bytes that it stores on a rank for each slot.
+        kernel: what computes attention where it was not left to PyTorch.
+        kernel_serves: how many attentions it computes.
         notes: what was gathered on the way or left whole, and why.
         compilation: what compiling took; None where the graph went to the compiler in one piece.
     """
@@ -88,6 +90,8 @@ class Report:
     blocks_skipped: int = 0
     flops_skipped: int = 0
     state_bytes: int = 0
+    kernel: str | None = None
+    kernel_serves: int = 0
     notes: tuple[str, ...] = ()
     compilation: Compilation | None = field(default=None, compare=False)  # it tells a time
 
@@ -117,6 +121,8 @@ class Report:
                 ("work of a skipped step", f"{rest:.1%} of a step"),
                 ("bytes stored for each slot", f"{self.state_bytes:,}"),
             ]
+        if self.kernel is not None:
+            rows.append((f"attentions by {self.kernel}", str(self.kernel_serves)))
         if self.compilation is not None:
             rows.append(("compiled", str(self.compilation)))
         width = max(len(name) for name, _ in rows)
@@ -143,6 +149,14 @@ def in_pieces(why_a_piece: str, *, ranks: Ranks, caches: bool) -> str:
         + " Nothing of this is lost where other arguments avoid the break (enable_model_cpu_offload in the place of "
         "sequential and group offload, quantised weights in that of layerwise casting); TORCH_LOGS=graph_breaks tells "
         "of every one."
+    )
+
+
+def serves_nothing(found: Found) -> str:
+    """The warning for a kernel that was asked for, and that can serve no attention."""
+    return (
+        f"paracompile: attention={found.kernel!r} serves none of the {sum(found.kernel_declined.values())} attentions: "
+        + " or ".join(found.kernel_declined)
     )
 
 
@@ -174,6 +188,10 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
             sent += _bytes_sent(kind, node, ranks)
     notes = [note for each in plans for note in (*_whole(each), *_gathers(each), *_misaligned(each))]
     notes += _together(found, local)
+    notes += [
+        f"{count} attentions not by {found.kernel} but as PyTorch chooses: {reason}"
+        for reason, count in found.kernel_declined.items()
+    ]
     notes = [*_dimension(found), *notes]
     report = Report(
         ranks=ranks.size,
@@ -187,6 +205,8 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
         bytes_sent=sent,
         flops_whole=sum(map(flops_of, plans[0].operations if plans else here)),
         flops_rank=sum(map(flops_of, here)),
+        kernel=found.kernel,
+        kernel_serves=found.kernel_serves,
         notes=tuple(notes),
     )
     if found.cache is None:

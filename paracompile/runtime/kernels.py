@@ -1,31 +1,45 @@
-"""Local attention that also returns the log-sum-exp of each row, as merging partial results needs.
+"""Local attention by a kernel of one's choice, and with the log-sum-exp of each row, as merging partial results needs.
 
-One operator, `paracompile::attention_with_lse`. The kernel is chosen by device and arguments when it runs:
+Two operators: `paracompile::attention_with_lse`, and `paracompile::attention_by`, its result alone. Where the kernel is
+"auto", device and arguments tell which one it is when it runs:
 
     CUDA, no mask                               flash, cuDNN or efficient, as PyTorch would choose
     CUDA, with a mask                           efficient (the mask as an additive bias, no larger than it came)
     CPU, no mask, values of the keys' size      PyTorch's flash kernel for the CPU
     everything else                             float32 arithmetic, below
 
-No kernel ever sees an empty tensor, and a row that sees no key has the result 0 and the LSE -inf.
+The other names are those of `patterns.kernels`, which knows what each can serve, and those of users' own functions
+(`runtime.functions`). No kernel ever sees an empty tensor, and a row that sees no key has the result 0 and the LSE
+-inf.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from paracompile.runtime.functions import FUNCTIONS
 
 aten = torch.ops.aten
 
 
 @torch.library.custom_op("paracompile::attention_with_lse", mutates_args=())
 def attention_with_lse(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: Tensor | None, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    offset: Tensor | None,
+    scale: float | None,
+    kernel: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of (*batch, heads, queries, size) and its LSE in `precise`, (*batch, heads, queries).
 
@@ -38,7 +52,49 @@ def attention_with_lse(
         offset: of an additive mask, (..., queries, 1): taken from each row's scores after the mask is added, and so
             from its LSE. It changes no weight, but keeps the LSE exact where large numbers hide all of a row.
         scale: of the scores; 1/sqrt(size) if None.
+        kernel: what computes it.
     """
+    return _attend(query, key, value, mask, offset, scale, kernel, wants_lse=True)
+
+
+@attention_with_lse.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    offset: Tensor | None,
+    scale: float | None,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    shape = _result_shape(query, key, value)
+    return tokens_outermost(query.new_empty(shape)), query.new_empty(shape[:-1], dtype=precise(query.dtype))
+
+
+@torch.library.custom_op("paracompile::attention_by", mutates_args=())
+def attention_by(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, kernel: str
+) -> Tensor:
+    """The result of `attention_with_lse` alone, for kernels that do not tell the LSE, too."""
+    return _attend(query, key, value, mask, None, scale, kernel, wants_lse=False)[0]
+
+
+@attention_by.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, kernel: str) -> Tensor:
+    return tokens_outermost(query.new_empty(_result_shape(query, key, value)))
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    offset: Tensor | None,
+    scale: float | None,
+    kernel: str,
+    *,
+    wants_lse: bool,
+) -> tuple[Tensor, Tensor]:
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     shape = _result_shape(query, key, value)
     *batch, heads, _, _ = shape
@@ -55,17 +111,11 @@ def attention_with_lse(
     # The kernels step through the last dimension one by one, and the CPU's does not check that it may.
     query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
     mask, offset = _by_row(mask, batch), _by_row(offset, batch)
-    kernel = _cuda if query.device.type == "cuda" else _cpu if query.device.type == "cpu" else reference
-    result, lse = kernel(query, key, value, mask, offset, scale)
+    if kernel in FUNCTIONS:
+        result, lse = _by_function(FUNCTIONS[kernel], query, key, value, mask, offset, scale, wants_lse=wants_lse)
+    else:
+        result, lse = _KERNELS[kernel](query, key, value, mask, offset, scale)
     return tokens_outermost(result.reshape(shape)), lse.reshape(shape[:-1]).contiguous()
-
-
-@attention_with_lse.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    shape = _result_shape(query, key, value)
-    return tokens_outermost(query.new_empty(shape)), query.new_empty(shape[:-1], dtype=precise(query.dtype))
 
 
 def tokens_outermost(x: Tensor) -> Tensor:
@@ -108,25 +158,36 @@ def _cpu(
     return result, lse.to(precise(query.dtype))
 
 
-def _cuda(
+def _auto(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
+    kernel = {"cuda": _cuda, "cpu": _cpu}.get(query.device.type, reference)
+    return kernel(query, key, value, mask, offset, scale)
+
+
+def _cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    offset: Tensor | None,
+    scale: float,
+    *,
+    backend: SDPBackend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """By the backend that is named, or that PyTorch would choose."""
     *rows_and_heads, queries, _ = query.shape
     size, keys = value.shape[-1], key.shape[-2]
     query, key, value = (_padded(part, 8) for part in (query, key, value))
     bias = None
     if mask is not None:
-        bias = mask
-        if mask.dtype is torch.bool:
-            bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
-        if offset is not None:
-            bias = bias - offset
-        bias = bias.to(query.dtype).expand(*bias.shape[:-1], keys)
+        bias = _bias(mask, offset, query.dtype)
+        bias = bias.expand(*bias.shape[:-1], keys)
         hidden = (bias == -math.inf).all(-1)
         # The kernels want the numbers of a row of the bias side by side, and its start at a multiple of 16 elements.
         bias = bias if bias.stride(-1) == 1 else bias.contiguous()
         bias = _padded(bias, 16)[..., :keys].expand(*rows_and_heads, queries, keys)
-    chosen = SDPBackend(torch._fused_sdp_choice(query, key, value, bias, 0.0, False, scale=scale))
+    chosen = backend or SDPBackend(torch._fused_sdp_choice(query, key, value, bias, 0.0, False, scale=scale))
     # The members of this enumeration are made anew at each look: `is` never holds.
     if chosen == SDPBackend.FLASH_ATTENTION:
         result, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
@@ -141,6 +202,83 @@ def _cuda(
     if bias is not None:
         lse = lse.masked_fill(hidden, -math.inf)
     return result[..., :size], lse
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    if query.device.type == "cpu":
+        return _cpu(query, key, value, mask, offset, scale)
+    return _cuda(query, key, value, mask, offset, scale, backend=SDPBackend.FLASH_ATTENTION)
+
+
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    biased = None
+    if mask is not None:
+        bias = _bias(mask, offset, precise(query.dtype)).expand(*query.shape[:-1], key.shape[-2])
+
+        def biased(score: Tensor, row: Tensor, head: Tensor, of: Tensor, to: Tensor) -> Tensor:
+            return score + bias[row, head, of, to]
+
+    tells = query.device.type != "cpu"  # Inductor's kernel for the CPU does not
+    made = _compiled_flex()(
+        query, key, value, score_mod=biased, scale=scale, return_aux=AuxRequest(lse=True) if tells else None
+    )
+    result, lse = (made[0], made[1].lse) if tells else (made, query.new_full(query.shape[:-1], math.nan))
+    return result, lse.to(precise(query.dtype))
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    """Flex attention is a kernel only where it is compiled; by itself, as this runs behind the graph's operator."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _by_function(
+    function: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    offset: Tensor | None,
+    scale: float,
+    *,
+    wants_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    given: dict[str, Any] = {"scale": scale}
+    if mask is not None:
+        given["mask"] = mask if offset is None else mask - offset
+    if wants_lse:
+        given["return_lse"] = True
+    made = function(query, key, value, **given)
+    result, lse = made if wants_lse else (made, query.new_empty(query.shape[:-1]))
+    wanted, rows = (*query.shape[:-1], value.shape[-1]), query.shape[:-1]
+    if tuple(result.shape) != wanted or result.dtype is not query.dtype or lse.shape != rows:
+        raise ValueError(
+            f"attention by {function}: of queries {tuple(query.shape)} in {query.dtype} it made {tuple(result.shape)} "
+            f"in {result.dtype}" + f" with an LSE {tuple(lse.shape)}" * wants_lse + f", and {wanted} was expected"
+        )
+    return result, lse.to(precise(query.dtype))
+
+
+_KERNELS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "auto": _auto,
+    "math": reference,
+    "flash": _flash,
+    "cudnn": functools.partial(_cuda, backend=SDPBackend.CUDNN_ATTENTION),
+    "efficient": functools.partial(_cuda, backend=SDPBackend.EFFICIENT_ATTENTION),
+    "flex": _flex,
+}
+
+
+def _bias(mask: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What is added to scores."""
+    bias = mask
+    if mask.dtype is torch.bool:
+        bias = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
+    return (bias if offset is None else bias - offset).to(dtype)
 
 
 def _by_row(mask: Tensor | None, batch: Sequence[int]) -> Tensor | None:

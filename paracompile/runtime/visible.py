@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paracompile.runtime.kernels import attention_with_lse, precise, tokens_outermost
+from paracompile.runtime.kernels import attention_by, attention_with_lse, precise, tokens_outermost
 
 
 @torch.library.custom_op("paracompile::visible_keys", mutates_args=())
@@ -53,7 +53,14 @@ def _(mask: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("paracompile::attention_to_visible", mutates_args=())
 def attention_to_visible(
-    query: Tensor, key: Tensor, value: Tensor, order: Tensor, windows: Tensor, scale: float | None, enable_gqa: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: Tensor,
+    windows: Tensor,
+    scale: float | None,
+    enable_gqa: bool,
+    kernel: str = "auto",
 ) -> Tensor:
     """Attention of (batch, heads, queries, size) to the keys that `visible_keys` found, for each row or for all.
 
@@ -61,27 +68,40 @@ def attention_to_visible(
     """
     parts = _visible_parts(query, key, value, order, windows)
     if len(parts) == 1:
-        return _attend(*parts[0], scale, enable_gqa)
+        return _attend(*parts[0], scale, enable_gqa, kernel)
     result = query.new_empty((*query.shape[:-1], value.shape[-1]))
     for row, part in enumerate(parts):
-        result[row : row + 1] = _attend(*part, scale, enable_gqa)
+        result[row : row + 1] = _attend(*part, scale, enable_gqa, kernel)
     return result
 
 
 @attention_to_visible.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, order: Tensor, windows: Tensor, scale: float | None, enable_gqa: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: Tensor,
+    windows: Tensor,
+    scale: float | None,
+    enable_gqa: bool,
+    kernel: str = "auto",
 ) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 @torch.library.custom_op("paracompile::attention_with_lse_to_visible", mutates_args=())
 def attention_with_lse_to_visible(
-    query: Tensor, key: Tensor, value: Tensor, order: Tensor, windows: Tensor, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: Tensor,
+    windows: Tensor,
+    scale: float | None,
+    kernel: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The same with the LSE of each row, as a ring's steps need it; see `attention_with_lse`."""
     parts = _visible_parts(query, key, value, order, windows)
-    attended: list[tuple[Tensor, Tensor]] = [attention_with_lse(*part, None, None, scale) for part in parts]
+    attended: list[tuple[Tensor, Tensor]] = [attention_with_lse(*part, None, None, scale, kernel) for part in parts]
     if len(attended) == 1:
         return attended[0]
     result, lse = (torch.cat([part[place] for part in attended]) for place in (0, 1))
@@ -90,7 +110,13 @@ def attention_with_lse_to_visible(
 
 @attention_with_lse_to_visible.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, order: Tensor, windows: Tensor, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: Tensor,
+    windows: Tensor,
+    scale: float | None,
+    kernel: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     shape = (*query.shape[:-1], value.shape[-1])
     return tokens_outermost(query.new_empty(shape)), query.new_empty(shape[:-1], dtype=precise(query.dtype))
@@ -117,8 +143,11 @@ def _visible(key: Tensor, value: Tensor, order: Tensor, start: int, count: int) 
     return key.index_select(-2, order[:count]), value.index_select(-2, order[:count])
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, enable_gqa: bool) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, enable_gqa: bool, kernel: str) -> Tensor:
     if key.shape[-2] == 0:
         return query.new_zeros((*query.shape[:-1], value.shape[-1]))
-    attended = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
+    if kernel == "auto":
+        attended = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
+    else:
+        attended = attention_by(query, key, value, None, scale, kernel)
     return attended.contiguous()
