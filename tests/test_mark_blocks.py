@@ -401,6 +401,6 @@ def test_marking_comes_before_the_cut_and_skipping_after_it() -> None:
     assert names == [
         *("normalise", "static_lengths", "mark_blocks"),
         *("plan_layouts", "split_and_gather", "unified_attention", "lower"),
-        *("drop_masked_keys", "first_block_cache", "schedule", "dispatch_on_subclasses"),
+        *("drop_masked_keys", "choose_kernels", "first_block_cache", "schedule", "dispatch_on_subclasses"),
     ]
     assert count(cached(denoiser()).graphs[0])["cond"] == 1

@@ -63,7 +63,7 @@ def test_a_broken_contract_names_the_pass_what_it_misses_and_what_ran(passes: li
 
 # The list
 
-AROUND = ["normalise", "static_lengths"], ["drop_masked_keys", "schedule", "dispatch_on_subclasses"]
+AROUND = ["normalise", "static_lengths"], ["drop_masked_keys", "choose_kernels", "schedule", "dispatch_on_subclasses"]
 SHARDING = ["plan_layouts", "split_and_gather", "unified_attention", "lower"]
 MESHES: list[tuple[Mesh, list[str]]] = [
     (1, []),
