@@ -33,6 +33,7 @@ from paracompile.report.dump import Dump
 from paracompile.report.report import NO_BLOCKS, Report, in_pieces, report_of, serves_nothing
 from paracompile.runtime.agreement import Agreement
 from paracompile.runtime.cached_call import graph_compiled
+from paracompile.runtime.eight_bits import KINDS
 from paracompile.seen_again import seen_again, seen_again_as_captured
 from paracompile.thresholds import default_rdt
 from paracompile.warm_up import warm_up
@@ -81,6 +82,8 @@ def paracompile(
     with agreement.stage("plan") as facts:
         captured.check_gradients()
         captured.check_static()
+        if chosen.exchange_dtype == "fp8":
+            captured.check_float8()
         threshold = _threshold(captured, chosen)
         try:
             local, report = _rewritten(captured, chosen, ranks, lengths, found, facts, dump)
@@ -171,6 +174,7 @@ def _rewritten(
         drop_keys=options.drop_masked_keys,
         lengths=lengths,
         together=True,
+        eight_bits=KINDS[options.exchange_dtype] if options.exchange_dtype else None,
         kernel=options.kernel,
         cache=_cache_passes(options) if options.caches else None,
         regions=options.regions,

@@ -22,7 +22,7 @@ from torch._guards import CompileContext
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from paracompile.errors import GraphError, ParacompileError
+from paracompile.errors import GraphError, OptionError, ParacompileError
 from paracompile.layout.graph import is_static
 from paracompile.patterns.blocks import find_blocks
 from paracompile.patterns.convolutions import overlaps
@@ -104,6 +104,20 @@ class Captured:
                     f"it is a parameter, and torch {torch.__version__} does not say so as paracompile reads it",
                     "use a version of torch that paracompile was tested with, and report this",
                 )
+
+    def check_float8(self) -> None:
+        """Raises an OptionError where the GPU has no float8 to travel in."""
+        for value in self.example_inputs:
+            if isinstance(value, torch.Tensor) and value.is_cuda:
+                capability = torch.cuda.get_device_capability(value.device)
+                if capability < (8, 9):
+                    found = ".".join(map(str, capability))
+                    raise OptionError(
+                        "exchange_dtype",
+                        "fp8",
+                        f'GPUs have float8 from compute capability 8.9 on, and this one has {found}: take "int8"',
+                    )
+                return
 
     @cached_property
     def numbers(self) -> Numbers:

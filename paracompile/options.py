@@ -22,6 +22,7 @@ from paracompile.runtime.functions import named
 __all__ = ["CACHE_OPTIONS", "Compiler", "InputMode", "Options"]
 
 InputMode = Literal["broadcast", "check", "trust"]
+ExchangeType = Literal["fp8", "int8"]
 Compiler = Literal["inductor", "eager", "aot_eager"]
 Watch = Literal["residual", "modulation"]
 Kernel = Literal["auto", "cudnn", "flash", "efficient", "math", "flex"]
@@ -96,6 +97,10 @@ class Options:
     the natural logarithm of the sum of each row's exponentials, (rows, heads, queries), as well. What a kernel cannot
     serve is left to PyTorch, and the report says so."""
 
+    exchange_dtype: ExchangeType | None = None
+    """The type in which attention's operands and results travel between ranks: "fp8" or "int8", with a scale for
+    each head of a token. None: as they are."""
+
     regions: bool = True
     """Compile the graph in regions along the model's blocks, equal ones once. False: in one piece (with the first block
     cache: in one piece each before, within and after what it may skip)."""
@@ -155,6 +160,12 @@ class Options:
                 raise OptionError(key, getattr(self, key), "give True or False")
         if not callable(self.attention):
             _one_of("attention", self.attention, get_args(Kernel), "or a function")
+        if self.exchange_dtype is not None:
+            _one_of("exchange_dtype", self.exchange_dtype, get_args(ExchangeType), "or None")
+            if self.verify:
+                raise OptionError(
+                    "verify", self.verify, "what travels in eight bits differs by more than rounding: leave it out"
+                )
         if not self.shard_inputs and self.inputs == "check":
             raise OptionError("inputs", self.inputs, "shards differ from rank to rank: leave it out")
         if not self.shard_inputs and self.verify:
@@ -227,6 +238,7 @@ class Options:
             "shard_inputs": self.shard_inputs,
             "drop_masked_keys": self.drop_masked_keys,
             "attention": self.kernel,
+            "exchange_dtype": self.exchange_dtype,
             "regions": self.regions,
             "compiler": self.compiler,
             "verify": self.verify,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import fx
 
 from paracompile.errors import ParacompileError
@@ -89,6 +90,7 @@ def pipeline(
     drop_keys: bool = True,
     lengths: Sequence[Lengths] | None = None,
     together: bool = False,
+    eight_bits: torch.dtype | None = None,
     kernel: str = "auto",
     cache: CachePasses | None = None,
     regions: bool | None = None,
@@ -100,6 +102,7 @@ def pipeline(
         drop_keys: drop keys that a mask hides from all.
         lengths: the graph's inputs are shards already, of these lengths on each rank (see `local_lengths`).
         together: exchanges that are mostly their start go together.
+        eight_bits: the type in which what attention exchanges travels; None: as it is.
         kernel: what computes attention (see `paracompile.patterns.kernels`).
         cache: skip blocks whose effect hardly changes.
         regions: cut the graph for the compiler, along its blocks or (False) at conditionals only; None: leave it whole.
@@ -119,8 +122,9 @@ def pipeline(
             found=found,
         )
         passes.append(Pass(mark, requires=static, provides="marked blocks", conflicts=frozenset({"shards", "a rank"})))
+    how: dict[str, Any] = {"ranks": ranks, "together": together, "eight_bits": eight_bits, "found": found}
     if lengths is not None:
-        on_shards = partial(attention_on_shards, ranks=ranks, lengths=lengths, together=together, found=found)
+        on_shards = partial(attention_on_shards, lengths=lengths, **how)
         passes.append(Pass(on_shards, requires=static, provides="a rank", conflicts=frozenset({"a rank"})))
     elif not ranks.is_single:
         passes += [
@@ -133,7 +137,7 @@ def pipeline(
             ),
             Pass(partial(unified_attention, found=found), requires=frozenset({"shards"}), provides="unified attention"),
             Pass(
-                partial(lower, ranks=ranks, together=together, found=found),
+                partial(lower, **how),
                 requires=frozenset({"shards", "unified attention"}),
                 provides="a rank",
                 conflicts=frozenset({"a rank"}),

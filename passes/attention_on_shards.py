@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx
 from torch._guards import detect_fake_mode
@@ -53,6 +54,7 @@ def attention_on_shards(
     ranks: Ranks,
     lengths: Sequence[Lengths],
     together: bool,
+    eight_bits: torch.dtype | None = None,
     found: Found,
 ) -> fx.GraphModule:
     """Makes every attention one over all ranks' tokens, in place.
@@ -60,6 +62,7 @@ def attention_on_shards(
     args:
         lengths: `local_lengths` of every rank, in the order of their place in the sequence.
         together: exchanges that are mostly their start go together.
+        eight_bits: the type in which what attention exchanges travels; None: as it is.
 
     raises:
         GraphError: no attention, shards that are not cut as `torch.chunk` cuts, or a mask over queries and keys.
@@ -81,7 +84,7 @@ def attention_on_shards(
             "this is a mistake in paracompile: please report it with the graph that options={'dump': FOLDER} writes",
         )
     write = GraphWriter(fake_mode, gm.graph)
-    unified = UnifiedAttention(ranks, together=together)
+    unified = UnifiedAttention(ranks, together=together, eight_bits=eight_bits)
     for number, attention in enumerate(attentions):
         _check_mask(attention)
         queries, keys = (

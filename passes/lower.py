@@ -44,17 +44,24 @@ aten = torch.ops.aten
 
 
 def lower(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ranks, together: bool, found: Found
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    ranks: Ranks,
+    together: bool,
+    eight_bits: torch.dtype | None = None,
+    found: Found,
 ) -> fx.GraphModule:
     """The graph of the rank that `ranks` is seen from; `gm` stays as it is.
 
     args:
         together: exchanges that are mostly their start go together.
+        eight_bits: the type in which what attention exchanges travels; None: as it is.
 
     raises:
         GraphError: an attention whose heads cannot be shared, or a mistake in a rule.
     """
-    lowering = _Lowering(gm, UnifiedAttention(ranks, together=together), ranks)
+    lowering = _Lowering(gm, UnifiedAttention(ranks, together=together, eight_bits=eight_bits), ranks)
     local = lowering.run()
     found.together = lowering.attention.put_together
     return local

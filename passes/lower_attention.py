@@ -14,6 +14,7 @@ little to hide, and the three go as one, head by head.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -28,6 +29,7 @@ from paracompile.mesh import Ranks
 from paracompile.passes.tokens import in_order_of_arrival
 from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.exchanges import link_of
+from paracompile.runtime.eight_bits import SCALE, packed, unpacked
 from paracompile.runtime.ring import Ring, ring_attention
 from paracompile.runtime.ulysses import Exchange, heads_to_tokens, tokens_to_heads
 
@@ -76,11 +78,12 @@ class UnifiedAttention:
     attributes:
         ranks: the ranks.
         together: whether queries, keys and values may go in one exchange.
+        eight_bits: the type in which operands and results travel; None: as they are.
         put_together: how many attentions have them in one.
     """
 
-    def __init__(self, ranks: Ranks, *, together: bool) -> None:
-        self.ranks, self.together = ranks, together
+    def __init__(self, ranks: Ranks, *, together: bool, eight_bits: torch.dtype | None) -> None:
+        self.ranks, self.together, self.eight_bits = ranks, together, eight_bits
         self.put_together = 0
         self.masks: dict[tuple[object, ...], fx.Node] = {}
 
@@ -102,13 +105,20 @@ class UnifiedAttention:
         else:
             result = self._ring(write, attention, received, mask)
         exchange = self._exchange(attention, attention.heads, attention.queries)
-        back: fx.Node = heads_to_tokens(write, result, result.meta["val"].shape, exchange)
-        return back
+        return self._exchanged(write, heads_to_tokens, result, exchange)
 
     def _to_heads(self, write: GraphWriter, attention: AttentionOnTokens, node: fx.Node, sharding: Sharding) -> fx.Node:
-        shape = node.meta["val"].shape
-        exchanged: fx.Node = tokens_to_heads(write, node, shape, self._exchange(attention, shape[-3], sharding))
-        return exchanged
+        return self._exchanged(write, tokens_to_heads, node, self._exchange(attention, _heads(node), sharding))
+
+    def _exchanged(self, write: GraphWriter, way: Callable[..., fx.Node], node: fx.Node, exchange: Exchange) -> fx.Node:
+        """What an exchange makes of a node, in as few bits as were asked for."""
+        value = node.meta["val"]
+        if self.eight_bits is None or exchange.ranks == 1:
+            return way(write, node, value.shape, exchange)
+        carried = packed(write, node, self.eight_bits)
+        arrived = way(write, carried, carried.meta["val"].shape, exchange)
+        back: fx.Node = unpacked(write, arrived, value.shape[-1], self.eight_bits, value.dtype)
+        return back
 
     def _go_together(self, attention: AttentionOnTokens, parts: Received) -> bool:
         """Whether the three may go as one, which means as much on each rank, and whether that is cheaper."""
@@ -120,8 +130,12 @@ class UnifiedAttention:
         if any(queries.local(rank) != keys.local(rank) for rank in range(self.ranks.sequence_size)):
             return False
         tokens = max(queries.local(rank) for rank in range(self.ranks.sequence_size))
-        a_token = max(prod(value.shape[:-2]) * value.shape[-1] * value.element_size() for value in values)
+        a_token = max(prod(value.shape[:-2]) * self._bytes_of_a_head(value) for value in values)
         return link_of(values[0].device).is_mostly_start(a_token * tokens)
+
+    def _bytes_of_a_head(self, value: torch.Tensor) -> int:
+        size = value.shape[-1]
+        return size + SCALE if self.eight_bits is not None else size * value.element_size()
 
     def _all_to_heads(self, write: GraphWriter, attention: AttentionOnTokens, parts: Received) -> Received:
         """Each rank's heads of all three side by side, sent as heads of one tensor, and taken apart again."""
@@ -145,7 +159,7 @@ class UnifiedAttention:
             side_by_side = write(aten.cat.default, of_ranks, -3)
         exchange = self._exchange(attention, attention.heads, attention.queries)
         together = replace(exchange, heads=tuple(map(sum, zip(*heads, strict=True))))
-        received = tokens_to_heads(write, side_by_side, side_by_side.meta["val"].shape, together)
+        received = self._exchanged(write, tokens_to_heads, side_by_side, together)
         self.put_together += 1
         starts = [sum(own[:number]) for number in range(3)]
         query, key, value = (
@@ -194,6 +208,7 @@ class UnifiedAttention:
             dtype=query.meta["val"].dtype,
             scale=attention.scale,
             ring=ring,
+            eight_bits=self.eight_bits,
         )
         return result
 

@@ -114,9 +114,9 @@ def capture(model: Callable[..., Any], inputs: Inputs) -> Captured:
     return Captured(model, inputs, len(graphs), *graphs[0], arguments[0], expected)
 
 
-def shard(of: Captured, mesh: dict[str, int]) -> Sharded:
-    """Runs the passes for every rank of a mesh, given as sizes by axis."""
-    made = of_all_ranks(of.gm, of.example_inputs, mesh)
+def shard(of: Captured, mesh: dict[str, int], **how: Any) -> Sharded:
+    """Runs the passes for every rank of a mesh, given as sizes by axis; `how` goes to `pipeline`."""
+    made = of_all_ranks(of.gm, of.example_inputs, mesh, **how)
     plans = list(made.found[0].plans.values())
     reports = [
         report_of(found, Ranks.simulated(**mesh, rank=rank), gm)

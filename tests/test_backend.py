@@ -264,7 +264,14 @@ def test_dump_on_one_rank(model: type[nn.Module], tmp_path: Path) -> None:
     call(randomise(model()), *inputs, dump=tmp_path / "new" / "folder", compiler="eager")
     names = ["captured"]
     if model is Masked:
-        names += ["normalise", "static_lengths", "drop_masked_keys", "choose_kernels", "schedule", "dispatch_on_subclasses"]
+        names += [
+            "normalise",
+            "static_lengths",
+            "drop_masked_keys",
+            "choose_kernels",
+            "schedule",
+            "dispatch_on_subclasses",
+        ]
         names += ["cut_into_regions"]
     files = [f"{number:02d}_{name}.py" for number, name in enumerate(names)]
     assert folders(tmp_path / "new" / "folder") == {"graph_0_0/rank_0": files}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import torch
 from torch import fx
 
 import paracompile.runtime.placement as placement
@@ -187,7 +188,7 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
             collectives[kind] += 1
             sent += _bytes_sent(kind, node, ranks)
     notes = [note for each in plans for note in (*_whole(each), *_gathers(each), *_misaligned(each))]
-    notes += _together(found, local)
+    notes += _together(found, local) + _in_eight_bits(local, ranks)
     notes += [
         f"{count} attentions not by {found.kernel} but as PyTorch chooses: {reason}"
         for reason, count in found.kernel_declined.items()
@@ -281,6 +282,17 @@ def _together(found: Found, local: fx.GraphModule) -> list[str]:
         f"queries, keys and values in one exchange: {found.together} attentions, each part below {link.balance:,} "
         f"bytes, so that its start ({link.start * 1e6:.0f} us) costs more than carrying it ({link.rate / 1e9:.0f} GB/s)"
     ]
+
+
+def _in_eight_bits(local: fx.GraphModule, ranks: Ranks) -> list[str]:
+    carried = [
+        node
+        for node in local.graph.nodes
+        if _collective(node) == "all_to_all_single"
+        and node.args[-1] in (ranks.ring.group, ranks.ulysses.group)
+        and node.args[0].meta["val"].dtype is torch.uint8
+    ]
+    return [f"{len(carried)} exchanges in eight bits, with a scale for each head of a token"] if carried else []
 
 
 def _attentions(plan: Plan) -> Mapping[Operation, Attention]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from paracompile.runtime.collectives import Call, all_to_all
+from paracompile.runtime.eight_bits import SCALE, packed, unpacked
 from paracompile.runtime.kernels import precise
 
 aten = torch.ops.aten
@@ -53,16 +54,24 @@ def ring_attention(
     dtype: torch.dtype,
     scale: float | None,
     ring: Ring,
+    eight_bits: torch.dtype | None = None,
 ) -> Any:
     """Attention of (*batch, heads, own queries, size) to the keys of all members, in the order of members.
 
     args:
         mask: boolean or additive, for this rank's queries (or one row for all) and all keys; None where all see all.
         key_shape, value_shape: of this rank's keys and values, (*batch, heads, own keys, size).
-        dtype: of the result.
+        dtype: of the result, and of keys and values.
+        eight_bits: the type in which keys and values travel; None: as they are.
     """
     result, lse = None, None
-    travelling = call(aten.cat.default, [call(aten.reshape.default, part, [-1]) for part in (key, value)])
+    sizes = key_shape[-1], value_shape[-1]
+    if eight_bits is not None:
+        carried = [packed(call, part, eight_bits) for part in (key, value)]
+        key_shape, value_shape = ([*shape[:-1], shape[-1] + SCALE] for shape in (key_shape, value_shape))
+    else:
+        carried = [key, value]
+    travelling = call(aten.cat.default, [call(aten.reshape.default, part, [-1]) for part in carried])
     for step in range(ring.size):
         holder = (ring.rank - step) % ring.size
         following = None
@@ -80,7 +89,12 @@ def ring_attention(
             else merge(call, result, lse, present, present_lse)
         )
         if following is not None:
-            travelling, key, value = following
+            travelling, *arrived = following
+            if eight_bits is not None:
+                arrived = [
+                    unpacked(call, part, size, eight_bits, dtype) for part, size in zip(arrived, sizes, strict=True)
+                ]
+            key, value = arrived
     return result if dtype is precise(dtype) else call(aten._to_copy.default, result, dtype=dtype)
 
 
