@@ -1,8 +1,8 @@
 """Has attention computed by the kernel that was asked for, where that can serve it.
 
     before                                               after
-    o = scaled_dot_product_attention(q, k, v)            o = attention_by(q, k, v, kernel="cudnn")
-    o, lse = attention_with_lse(q, k, v)                 o, lse = attention_with_lse(q, k, v, kernel="cudnn")
+    o = scaled_dot_product_attention(q, k, v)            o = attention_by(q, k, v, by="cudnn")
+    o, lse = attention_with_lse(q, k, v)                 o, lse = attention_with_lse(q, k, v, by="cudnn")
 
 Runs where it is known what one rank attends to, and with which masks. What the kernel cannot serve stays as it is, and
 is counted with the reason.
@@ -59,7 +59,7 @@ def _give(write: GraphWriter, node: fx.Node, kernel: str) -> None:
     arguments = named_arguments(node)
     write.origin = node
     if node.target is not aten.scaled_dot_product_attention.default:
-        node.kwargs = {**node.kwargs, "kernel": kernel}
+        node.kwargs = {**node.kwargs, "by": kernel}
         return
     with node.graph.inserting_before(node):
         dtype = node.meta["val"].dtype  # which autocast may have chosen

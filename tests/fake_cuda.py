@@ -2,6 +2,7 @@
 
     python tests/fake_cuda.py LIBRARY graphs flux     # what the passes make of FLUX.1-dev, on several meshes
     python tests/fake_cuda.py LIBRARY kernels         # which kernels attention takes, and what it allocates
+    python tests/fake_cuda.py LIBRARY code flux       # what Inductor's code does, and in which order
 
 A program of its own that prints JSON, since LIBRARY (`build`) tells a whole process that there is a CUDA device.
 """
@@ -12,6 +13,7 @@ import copy
 import ctypes
 import json
 import operator
+import re
 import shutil
 import subprocess
 import sys
@@ -23,9 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -305,6 +310,69 @@ def graphs(name: str) -> dict[str, dict[str, Any]]:
     return result
 
 
+# Code
+
+_CALLS = (
+    ("start", re.compile(r"torch\.ops\._c10d_functional\.(?:all_to_all_single|all_gather_into_tensor)\.default\(")),
+    ("wait", re.compile(r"torch\.ops\._c10d_functional\.wait_tensor\.default\(")),
+    ("attention", re.compile(r"torch\.ops\.(?:aten\._scaled_dot_product|paracompile\.attention)\w*")),
+    ("product", re.compile(r"extern_kernels\.(?:addmm|bmm|mm|_addmm_activation)\(")),
+)
+
+
+def calls_of(code: str) -> list[str]:
+    """What generated code calls, in order, of exchanges, attention and products."""
+    lines = code[code.index("def call(") :].splitlines()
+    return [kind for line in lines for kind, pattern in _CALLS if pattern.search(line)]
+
+
+def calls_asked_for(region: fx.GraphModule) -> list[str]:
+    """The same of the graph that Inductor was given; products of single rows, which it may write out, left out."""
+    kinds = []
+    for node in region.graph.nodes:
+        target = str(node.target)
+        if _is_start(node):
+            kinds.append("start")
+        elif "wait_tensor" in target:
+            kinds.append("wait")
+        elif target in _KERNEL:
+            kinds.append("attention")
+        elif target == "aten.linear.default":
+            kinds.append("product")
+    return kinds
+
+
+def code(name: str) -> dict[str, list[dict[str, Any]]]:
+    """For each mesh, what each different region was asked to call, what its code calls, and where the host waits."""
+    from fake_h200 import inductor_code
+
+    from paracompile.mesh import Ranks
+    from paracompile.overlap import inductor_settings
+    from paracompile.passes import pipeline, run_passes
+    from paracompile.passes.regions import examples_of, regions_of
+
+    gm, example_inputs = captured(name)
+    result: dict[str, list[dict[str, Any]]] = {}
+    dist.init_process_group("fake", store=FakeStore(), rank=7, world_size=8)
+    for mesh, sizes in MESHES.items():
+        if prod(sizes.values()) == 1:
+            continue
+        ranks = Ranks.from_mesh(init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes)))
+        made = run_passes(gm, example_inputs, pipeline(ranks, together=True, regions=True))
+        result[mesh] = []
+        for region in regions_of(made):
+            written = inductor_code(region, examples_of(region), inductor_settings())
+            lines = written[written.index("def call(") :].splitlines()
+            result[mesh].append(
+                {
+                    "asked": calls_asked_for(region),
+                    "calls": calls_of(written),
+                    "host": [line.strip() for line in lines if ".item()" in line or ".cpu()" in line],
+                }
+            )
+    return result
+
+
 # Kernels
 
 
@@ -371,4 +439,4 @@ def _cases() -> Iterator[tuple[str, torch.dtype, int, tuple[int, ...] | None, bo
 if __name__ == "__main__":
     library, what, *rest = sys.argv[1:]
     ctypes.CDLL(library)
-    json.dump(graphs(*rest) if what == "graphs" else kernels(), sys.stdout, indent=1)
+    json.dump({"graphs": graphs, "kernels": kernels, "code": code}[what](*rest), sys.stdout, indent=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -181,8 +181,7 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
     exchanged = [operation for operation in cut if plans[-1].exchanged(operation)]
     collectives: Counter[str] = Counter()
     sent = 0
-    branches = [branch for branch in local.children() if isinstance(branch, fx.GraphModule)]
-    for node in (node for graph in (local, *branches) for node in graph.graph.nodes):
+    for node in _all_nodes(local):
         kind = _collective(node)
         if kind is not None:
             collectives[kind] += 1
@@ -232,6 +231,12 @@ def _skippable(local: fx.GraphModule) -> list[Operation]:
     """The operations that a skipped step leaves out."""
     branch = getattr(local, COMPUTE, None)
     return operations(branch.graph, rule_for) if branch is not None else []
+
+
+def _all_nodes(local: fx.GraphModule) -> Iterator[fx.Node]:
+    """Those of the branches of a conditional, too."""
+    branches = [branch for branch in local.children() if isinstance(branch, fx.GraphModule)]
+    return (node for graph in (local, *branches) for node in graph.graph.nodes)
 
 
 def _collective(node: fx.Node) -> str | None:
@@ -287,10 +292,10 @@ def _together(found: Found, local: fx.GraphModule) -> list[str]:
 def _in_eight_bits(local: fx.GraphModule, ranks: Ranks) -> list[str]:
     carried = [
         node
-        for node in local.graph.nodes
+        for node in _all_nodes(local)
         if _collective(node) == "all_to_all_single"
         and node.args[-1] in (ranks.ring.group, ranks.ulysses.group)
-        and node.args[0].meta["val"].dtype is torch.uint8
+        and node.meta["val"].dtype is torch.uint8
     ]
     return [f"{len(carried)} exchanges in eight bits, with a scale for each head of a token"] if carried else []
 

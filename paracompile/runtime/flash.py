@@ -46,9 +46,11 @@ def newest_flash(device: torch.device) -> str | None:
         return None
     if (active := current_flash_attention_impl()) is not None:
         return str(active)
-    (major, _), offered = torch.cuda.get_device_capability(device), list_flash_attention_impls()
+    offered = list_flash_attention_impls()
     for each in _IMPLEMENTATIONS:
-        if major not in each.capabilities or each.name not in offered or not _is_installed(each.package):
+        if each.name not in offered or not _is_installed(each.package):
+            continue
+        if torch.cuda.get_device_capability(device)[0] not in each.capabilities:
             continue
         try:
             activate_flash_attention_impl(each.name)

@@ -39,7 +39,7 @@ def attention_with_lse(
     mask: Tensor | None,
     offset: Tensor | None,
     scale: float | None,
-    kernel: str = "auto",
+    by: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of (*batch, heads, queries, size) and its LSE in `precise`, (*batch, heads, queries).
 
@@ -52,9 +52,9 @@ def attention_with_lse(
         offset: of an additive mask, (..., queries, 1): taken from each row's scores after the mask is added, and so
             from its LSE. It changes no weight, but keeps the LSE exact where large numbers hide all of a row.
         scale: of the scores; 1/sqrt(size) if None.
-        kernel: what computes it.
+        by: the name of the kernel. (Called "kernel", it would clash with an argument of Inductor's own.)
     """
-    return _attend(query, key, value, mask, offset, scale, kernel, wants_lse=True)
+    return _attend(query, key, value, mask, offset, scale, by, wants_lse=True)
 
 
 @attention_with_lse.register_fake
@@ -65,7 +65,7 @@ def _(
     mask: Tensor | None,
     offset: Tensor | None,
     scale: float | None,
-    kernel: str = "auto",
+    by: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     shape = _result_shape(query, key, value)
     return tokens_outermost(query.new_empty(shape)), query.new_empty(shape[:-1], dtype=precise(query.dtype))
@@ -73,10 +73,10 @@ def _(
 
 @torch.library.custom_op("paracompile::attention_by", mutates_args=())
 def attention_by(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, kernel: str
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, by: str
 ) -> Tensor:
     """The result of `attention_with_lse` alone, for kernels that do not tell the LSE, too."""
-    return _attend(query, key, value, mask, None, scale, kernel, wants_lse=False)[0]
+    return _attend(query, key, value, mask, None, scale, by, wants_lse=False)[0]
 
 
 @attention_by.register_fake

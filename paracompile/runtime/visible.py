@@ -60,7 +60,7 @@ def attention_to_visible(
     windows: Tensor,
     scale: float | None,
     enable_gqa: bool,
-    kernel: str = "auto",
+    by: str = "auto",
 ) -> Tensor:
     """Attention of (batch, heads, queries, size) to the keys that `visible_keys` found, for each row or for all.
 
@@ -68,10 +68,10 @@ def attention_to_visible(
     """
     parts = _visible_parts(query, key, value, order, windows)
     if len(parts) == 1:
-        return _attend(*parts[0], scale, enable_gqa, kernel)
+        return _attend(*parts[0], scale, enable_gqa, by)
     result = query.new_empty((*query.shape[:-1], value.shape[-1]))
     for row, part in enumerate(parts):
-        result[row : row + 1] = _attend(*part, scale, enable_gqa, kernel)
+        result[row : row + 1] = _attend(*part, scale, enable_gqa, by)
     return result
 
 
@@ -84,7 +84,7 @@ def _(
     windows: Tensor,
     scale: float | None,
     enable_gqa: bool,
-    kernel: str = "auto",
+    by: str = "auto",
 ) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
@@ -97,11 +97,11 @@ def attention_with_lse_to_visible(
     order: Tensor,
     windows: Tensor,
     scale: float | None,
-    kernel: str = "auto",
+    by: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The same with the LSE of each row, as a ring's steps need it; see `attention_with_lse`."""
     parts = _visible_parts(query, key, value, order, windows)
-    attended: list[tuple[Tensor, Tensor]] = [attention_with_lse(*part, None, None, scale, kernel) for part in parts]
+    attended: list[tuple[Tensor, Tensor]] = [attention_with_lse(*part, None, None, scale, by) for part in parts]
     if len(attended) == 1:
         return attended[0]
     result, lse = (torch.cat([part[place] for part in attended]) for place in (0, 1))
@@ -116,7 +116,7 @@ def _(
     order: Tensor,
     windows: Tensor,
     scale: float | None,
-    kernel: str = "auto",
+    by: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     shape = (*query.shape[:-1], value.shape[-1])
     return tokens_outermost(query.new_empty(shape)), query.new_empty(shape[:-1], dtype=precise(query.dtype))
@@ -143,11 +143,11 @@ def _visible(key: Tensor, value: Tensor, order: Tensor, start: int, count: int) 
     return key.index_select(-2, order[:count]), value.index_select(-2, order[:count])
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, enable_gqa: bool, kernel: str) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, enable_gqa: bool, by: str) -> Tensor:
     if key.shape[-2] == 0:
         return query.new_zeros((*query.shape[:-1], value.shape[-1]))
-    if kernel == "auto":
+    if by == "auto":
         attended = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
     else:
-        attended = attention_by(query, key, value, None, scale, kernel)
+        attended = attention_by(query, key, value, None, scale, by)
     return attended.contiguous()
