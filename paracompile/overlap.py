@@ -1,13 +1,13 @@
 """Inductor's settings for a sharded graph: the order that `schedule` gave it, kept.
 
 The graph comes in the order wanted: starts early, waits late, the same collectives in the same order on every rank.
-Inductor would undo it four times (seen with torch 2.13):
+Inductor would undo it (seen with torch 2.13, in the code that it writes for GPUs):
 
 - its passes for locality and for peak memory move work to where its value is read or freed, so that nothing is left to
   run under an exchange: off;
-- "reorder_communication_preserving_peak_memory", which its configuration recommends, may exchange collectives with each
-  other by this rank's memory, so that ranks with uneven shares could meet in different ones: not in the list. Sinking
-  waits never passes a collective;
+- its passes for communication: "sink_waits_iterative" lets a ring inside Ulysses wait for the next keys before the
+  attention on the present ones, and "reorder_communication_preserving_peak_memory" may exchange collectives with each
+  other by this rank's memory, so that ranks with uneven shares could meet in different ones: off;
 - horizontal fusion makes one kernel of k's and q's last steps, so that k's exchange starts only when q is there:
   `KeepOrder` says that a matrix product comes after the exchanges that were started before it.
 """
@@ -55,8 +55,6 @@ def inductor_settings() -> dict[str, Any]:
     return {
         "reorder_for_locality": False,
         "reorder_for_peak_memory": False,
-        # The flag alone does nothing: the list of passes is empty by default.
-        "reorder_for_compute_comm_overlap": True,
-        "reorder_for_compute_comm_overlap_passes": ["sink_waits_iterative"],
+        "reorder_for_compute_comm_overlap": False,
         "post_grad_custom_post_pass": KeepOrder(),
     }

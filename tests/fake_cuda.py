@@ -323,11 +323,13 @@ _CALLS = (
 def calls_of(code: str) -> list[str]:
     """What generated code calls, in order, of exchanges, attention and products."""
     lines = code[code.index("def call(") :].splitlines()
-    return [kind for line in lines for kind, pattern in _CALLS if pattern.search(line)]
+    kinds = [kind for line in lines for kind, pattern in _CALLS if pattern.search(line)]
+    # Of an attention there are more lines, which look at what it made.
+    return [kind for kind, before in zip(kinds, [None, *kinds], strict=False) if kind != "attention" or kind != before]
 
 
 def calls_asked_for(region: fx.GraphModule) -> list[str]:
-    """The same of the graph that Inductor was given; products of single rows, which it may write out, left out."""
+    """The same of the graph that Inductor was given."""
     kinds = []
     for node in region.graph.nodes:
         target = str(node.target)

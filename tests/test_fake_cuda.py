@@ -76,3 +76,26 @@ def test_graphs_at_real_size(model: str, library: Path) -> None:
             assert found["early_waits"] == 0, mesh
             # A ring sums up in float32; the cache compares residuals of the first block in it.
             assert found["upcasts"] == (in_steps if steps > 1 else 0) + (5 if cache == "a cache" else 0), mesh
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=[] if name == "flux" else pytest.mark.full) for name in ATTENTIONS]
+)
+def test_the_code_for_a_gpu_keeps_the_order_of_exchanges(model: str, library: Path) -> None:
+    """No exchange starts later, and none is awaited earlier, than in the graph, in which `early_waits` are none."""
+    seen = run(library, "code", model)
+    assert list(seen) == [mesh for mesh in STEPS if mesh != "one rank"]
+    for mesh, regions in seen.items():
+        assert sum(found["asked"].count("start") for found in regions) > 0
+        for found in regions:
+            asked, calls = found["asked"], found["calls"]
+            assert [kind for kind in calls if kind != "product"] == [kind for kind in asked if kind != "product"], mesh
+            assert calls.count("product") == asked.count("product"), mesh
+            for kind, ends in (("start", int.__le__), ("wait", int.__ge__)):
+                assert all(map(ends, products_before(calls, kind), products_before(asked, kind))), (mesh, kind)
+            assert found["host"] == [], mesh
+
+
+def products_before(calls: list[str], kind: str) -> list[int]:
+    """How many products there are before each call of this kind."""
+    return [calls[:place].count("product") for place, found in enumerate(calls) if found == kind]

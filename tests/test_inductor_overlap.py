@@ -139,10 +139,13 @@ def test_q_is_computed_while_k_travels(code: Code) -> None:
 
 
 def test_the_mlp_of_a_single_block_runs_while_its_attention_s_result_travels(flux_code: Code) -> None:
+    """Its product does; the activation behind it is part of the kernel that joins both, as without exchanges."""
     _, (*_, result) = exchanges(flux_code)
-    under = flux_code.between(("start", result), ("wait", result))
-    assert any(kind == "kernel" and "gelu" in name for kind, name in under)
-    assert flux_code.linears_under(result) >= 1
+    assert flux_code.linears_under(result) >= 2  # with the next modulation
+    before, after = flux_code.calls[: flux_code.calls.index(("wait", result))], flux_code.calls
+    joining = next(name for kind, name in after[len(before) :] if kind == "kernel")
+    assert "gelu" in joining
+    assert "cat" in joining
 
 
 def test_what_needs_no_tokens_runs_while_a_result_travels(code: Code) -> None:

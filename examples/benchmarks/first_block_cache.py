@@ -173,10 +173,10 @@ def median_times(built: dict[str, Run], runs: int, wait: Callable[[], object]) -
     return {variant: statistics.median(taken) for variant, taken in seconds.items()}
 
 
-def written(model: nn.Module, run: Run) -> str:
-    """How many of the stored tensors one run writes to, of how many."""
+def written(model: nn.Module, run: Run, name: str) -> str:
+    """How many of the tensors that are stored for skipped steps one run writes to, of how many."""
     slots = [slot for cache in caches_of(model.parameters()) for of_graph in cache.slots.values() for slot in of_graph]
-    state = [tensor for slot in slots if slot.name == "skipped" for tensor in slot.state]
+    state = [tensor for slot in slots if slot.name == name for tensor in slot.state]
     before = [tensor._version for tensor in state]
     run()
     count = sum(tensor._version != version for tensor, version in zip(state, before, strict=True))
@@ -220,7 +220,10 @@ def main() -> None:
             f"| {variant:20} | {taken * 1000:6.1f} ms | {taken / times[FULL]:14.3f} | {taken / times[ONE_BLOCK]:12.3f} "
             f"| {count:6} | {breaks:12} |"
         )
-    print(f"\nstored tensors that a skipped step writes to: {written(cached, built[SKIPPED])}")
+    print(
+        f"\nstored tensors that a skipped step writes to: {written(cached, built[SKIPPED], 'skipped')}; "
+        f"a computed one: {written(cached, built[ARMED], 'full')}"
+    )
 
 
 if __name__ == "__main__":
