@@ -175,7 +175,7 @@ def median_times(built: dict[str, Run], runs: int, wait: Callable[[], object]) -
 
 def written(model: nn.Module, run: Run, name: str) -> str:
     """How many of the tensors that are stored for skipped steps one run writes to, of how many."""
-    slots = [slot for cache in caches_of(model.parameters()) for of_graph in cache.slots.values() for slot in of_graph]
+    slots = [slot for cache in caches_of(model.parameters()) for slot in cache.slots()]
     state = [tensor for slot in slots if slot.name == name for tensor in slot.state]
     before = [tensor._version for tensor in state]
     run()
