@@ -13,7 +13,7 @@ import paracompile.runtime.visible  # noqa: F401  (registers the operators)
 from paracompile.layout.graph import named_arguments
 from paracompile.runtime.functions import FUNCTIONS, takes
 
-__all__ = ["attends", "why_not"]
+__all__ = ["attends", "why_not", "why_not_by_name"]
 
 aten = torch.ops.aten
 ours = torch.ops.paracompile
@@ -45,25 +45,33 @@ def why_not(kernel: str, node: fx.Node) -> str | None:
     if arguments.get("is_causal"):
         return "it is causal"
     query, key, value = (arguments[name].meta["val"] for name in ("query", "key", "value"))
-    dtype = tree_leaves(node.meta["val"])[0].dtype  # where autocast is on, not that of the queries
     masked = arguments.get("mask", arguments.get("attn_mask")) is not None
+    in_ring = node.target in _TELLS_LSE
     if kernel in FUNCTIONS:
-        return _why_not_function(kernel, masked=masked, in_ring=node.target in _TELLS_LSE)
+        return _why_not_function(kernel, masked=masked, in_ring=in_ring)
+    dtype = tree_leaves(node.meta["val"])[0].dtype  # where autocast is on, not that of the queries
+    sizes = key.shape[-1], value.shape[-1]
+    return why_not_by_name(kernel, query.device.type, dtype, sizes, masked=masked, in_ring=in_ring)
+
+
+def why_not_by_name(
+    kernel: str, device: str, dtype: torch.dtype, sizes: tuple[int, int], *, masked: bool, in_ring: bool
+) -> str | None:
+    """Why one of PyTorch's kernels cannot serve an attention with these head sizes, of keys and of values."""
     if kernel == "math":
         return None
-    device = query.device.type
     if device not in (("cpu", "cuda") if kernel in ("flash", "flex") else ("cuda",)):
         return f"it runs on {device}"
     if dtype not in _TYPES[kernel] and not (device == "cpu" and kernel == "flash"):
         return f"it computes in {_short(dtype)}"
-    if kernel == "flex" and device == "cpu" and node.target in _TELLS_LSE:
+    if kernel == "flex" and device == "cpu" and in_ring:
         return "it is in a ring, and flex attention tells no LSE on the CPU"
     if masked and kernel not in _TAKES_MASKS:
         return "it has a mask"
-    if device == "cuda" and max(query.shape[-1], value.shape[-1]) > _LARGEST_HEAD.get(kernel, query.shape[-1]):
-        return f"its head size {query.shape[-1]} is above {_LARGEST_HEAD[kernel]}"
-    if kernel == "flash" and key.shape[-1] != value.shape[-1]:
-        return f"its keys have size {key.shape[-1]} and its values {value.shape[-1]}"
+    if device == "cuda" and max(sizes) > _LARGEST_HEAD.get(kernel, max(sizes)):
+        return f"its head size {max(sizes)} is above {_LARGEST_HEAD[kernel]}"
+    if kernel == "flash" and sizes[0] != sizes[1]:
+        return f"its keys have size {sizes[0]} and its values {sizes[1]}"
     return None
 
 

@@ -21,6 +21,7 @@ import capture
 from families import ALL_FAMILIES
 
 import paracompile
+from paracompile.patterns.kernels import why_not_by_name
 from paracompile.runtime.kernels import reference
 
 Figures = dict[str, Any]
@@ -49,6 +50,9 @@ def kernels(device: str) -> Iterator[Check]:
             ]
             for name, mask in _masks(rows, heads, queries, keys, device, dtype).items():
                 yield f"{str(dtype)[6:]}, {size}, {name}", *_against_float64(parts, mask, device)
+                for by in ("flash", "cudnn", "efficient", "flex") if dtype is torch.bfloat16 else ():
+                    if not why_not_by_name(by, device, dtype, (size, size), masked=mask is not None, in_ring=True):
+                        yield f"{str(dtype)[6:]}, {size}, {name}, by {by}", *_against_float64(parts, mask, device, by)
 
 
 def _masks(rows: int, heads: int, queries: int, keys: int, device: str, dtype: torch.dtype) -> dict[str, Tensor | None]:
@@ -67,7 +71,7 @@ def _masks(rows: int, heads: int, queries: int, keys: int, device: str, dtype: t
     }
 
 
-def _against_float64(parts: list[Tensor], mask: Tensor | None, device: str) -> tuple[bool, Figures]:
+def _against_float64(parts: list[Tensor], mask: Tensor | None, device: str, by: str = "auto") -> tuple[bool, Figures]:
     dtype, scale = parts[0].dtype, parts[0].shape[-1] ** -0.5
     in_float64 = mask if mask is None or mask.dtype is torch.bool else mask.double()
     exact, exact_lse = reference(*(part.double() for part in parts), in_float64, None, scale)
@@ -76,7 +80,7 @@ def _against_float64(parts: list[Tensor], mask: Tensor | None, device: str) -> t
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        result, lse = torch.ops.paracompile.attention_with_lse(*parts, mask, None, scale)
+        result, lse = torch.ops.paracompile.attention_with_lse(*parts, mask, None, scale, by)
     peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
     reached = [event.name for event in profile.events() if event.name.startswith("aten::_scaled_dot_product_")]
     hidden = exact_lse == -math.inf
