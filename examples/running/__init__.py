@@ -1,4 +1,4 @@
-"""What the scripts `run_*.py` beside this folder share: flags, runs, what is shown. Each of them states only its family."""
+"""What the scripts `run_*.py` share: flags, runs, what is shown. Each of them states only what is its family's."""
 
 from running.command import Example, main
 

@@ -87,9 +87,8 @@ def parse_arguments(example: Example, arguments: Sequence[str] | None = None) ->
         what.add_argument("--frames", type=int, help="of the video")
     what.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
     what.add_argument("--lora", help="a LoRA to load, its name, folder or file")
-    what.add_argument(
-        "--output", type=Path, default=Path("output") / f"{example.name}.{'mp4' if example.fps else 'png'}"
-    )
+    file = f"{example.name}.{'mp4' if example.fps else 'png'}"
+    what.add_argument("--output", type=Path, default=Path("output") / file, help="(%(default)s)")
 
     ranks = parser.add_argument_group("ranks")
     ranks.add_argument("--ulysses", type=int, help="ranks that trade tokens for heads (all that remain)")
@@ -108,9 +107,7 @@ def parse_arguments(example: Example, arguments: Sequence[str] | None = None) ->
     how.add_argument("--offload", action="store_true", help="keep what is not at work in the host's memory")
     how.add_argument("--compiler", choices=("inductor", "aot_eager", "eager"), default="inductor")
     how.add_argument("--mode", help="Inductor's, such as max-autotune-no-cudagraphs")
-    how.add_argument(
-        "--plain", action=argparse.BooleanOptionalAction, help="compare with the plain pipeline (the small)"
-    )
+    how.add_argument("--plain", action=argparse.BooleanOptionalAction, help="compare with plain diffusers (the small)")
     how.add_argument("--report", action="store_true", help="print paracompile's report of each graph in full")
     example.flags(parser)
     options = parser.parse_args(arguments)

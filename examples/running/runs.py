@@ -198,9 +198,8 @@ def run(example: Example, kind: Any, options: argparse.Namespace, ranks: Ranks) 
 
     reports = Reports()
     paracompile.parallelize(pipeline, **_how(options, ranks), fullgraph=example.fullgraph, report=reports)
-    denoisers = [
-        part for name, part in pipeline.components.items() if name in ("transformer", "transformer_2") and part
-    ]
+    parts = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
+    denoisers = [part for part in parts if part is not None]
 
     def set_rdt(rdt: float) -> None:
         for denoiser in denoisers if options.rdt else ():
