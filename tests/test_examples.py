@@ -9,6 +9,7 @@ import argparse
 import importlib
 import os
 import re
+import socket
 import subprocess
 import sys
 import warnings
@@ -171,6 +172,32 @@ def test_wan_2_2_on_two_ranks(tmp_path: Path) -> None:
     check("wan", shown, ranks=2)
     assert shown.difference() < 1e-5
     assert shown.hits > 0
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_two_machines_pass_keys_and_values_around_and_trade_heads_within(tmp_path: Path) -> None:
+    """Two agents of torchrun, as on two machines with two ranks each: neighbours share a machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    file = tmp_path / "made.png"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d"),
+        *(f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1", FOLDER / "run_flux.py", "--device=cpu"),
+        *("--ring=2", "--no-vae", "--compiler=eager", "--steps=6", f"--output={file}"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    agents = [subprocess.Popen(command, **how) for _ in range(2)]
+    ended = [agent.communicate() for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], ended
+    (lines,) = (out.splitlines() for out, _ in ended if out)  # only the machine of rank 0 speaks
+    shown = Shown(lines, "", file)
+    assert lines[0] == "paracompile: FluxPipeline on 4 ranks (ring 2, ulysses 2)"
+    assert shown.rows["ranks"] == "4"
+    assert shown.difference() < 1e-5
+    assert file.exists()
 
 
 # Their parts
