@@ -7,6 +7,7 @@ all tokens' range by Ulysses give the very same numbers.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 from unittest import mock
 
@@ -22,7 +23,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import paracompile
-import paracompile.passes.lower
 from paracompile.errors import GraphError
 from paracompile.passes.shared_scales import scales_all_at_once
 
@@ -86,8 +86,8 @@ def test_each_way_of_quantising_with_the_cache(kind: str, way: str) -> None:
 @pytest.mark.parametrize(
     "kind, bound",
     [
-        pytest.param("float8 weights", EXACT * 10),
-        pytest.param("int8 weights", EXACT * 10, marks=pytest.mark.full),
+        pytest.param("float8 weights", 1e-5),
+        pytest.param("int8 weights", 1e-5, marks=pytest.mark.full),
         pytest.param("int8", ONE_OFF, marks=pytest.mark.full),
     ],
 )
@@ -145,7 +145,8 @@ def test_without_the_exchange_ranks_would_give_another_picture(kind: str) -> Non
     model, x = block(kind), tokens(kind)
     with torch.no_grad():
         expected = model(x)
-    with mock.patch.object(paracompile.passes.lower, "scales_all_at_once", return_value=False):
+    lower = importlib.import_module("paracompile.passes.lower")  # the package's name for it is the pass's
+    with mock.patch.object(lower, "scales_all_at_once", return_value=False):
         assert difference(shard(model, [x], 2).result, expected) > 0.001
 
 

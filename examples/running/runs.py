@@ -6,6 +6,7 @@ import argparse
 import os
 import statistics
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -196,6 +197,8 @@ def run(example: Example, kind: Any, options: argparse.Namespace, ranks: Ranks) 
             runs["plain"] = generate(pipeline, ranks, "plain", arguments, options.seed)
         ranks.barrier()
 
+    if options.quantize != "none":  # torch's advice to torchao
+        warnings.filterwarnings("ignore", message=".*does not implement _stable_hash_for_caching")
     reports = Reports()
     paracompile.parallelize(pipeline, **_how(options, ranks), fullgraph=example.fullgraph, report=reports)
     parts = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
