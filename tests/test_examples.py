@@ -22,10 +22,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_parallelize import saved_adapter
 
 from running.command import Example, parse_arguments
 from running.quiet import import_class, quiet_imports
-from running.runs import Ranks, load
+from running.runs import Ranks, load, parallelize_arguments
 from running.shown import SHOWN, save, side_by_side, table
 
 FOLDER = Path(__file__).parents[1] / "examples"
@@ -254,6 +255,30 @@ def test_a_saved_pipeline_is_loaded_in_its_types(tmp_path: Path) -> None:
     types = {name: getattr(pipeline, name).dtype for name in ("transformer", "text_encoder", "vae")}
     assert types == {"transformer": torch.bfloat16, "text_encoder": torch.bfloat16, "vae": torch.float32}
     assert pipeline.vae.use_tiling
+
+
+def test_a_lora_is_loaded(tmp_path: Path) -> None:
+    options = parsed("flux", "--device", "cpu", "--lora", str(saved_adapter(tmp_path, seed=1, rank=4)))
+    of = example("flux")
+    pipeline = load(of, import_class(of.pipeline), options, Ranks(0, 1, torch.device("cpu")))
+    assert pipeline.get_active_adapters() == ["default_0"]
+
+
+def test_flags_are_what_parallelize_takes() -> None:
+    flags = "--rdt 0.2 --quantize int8 --attention math --mode max-autotune-no-cudagraphs --vae"
+    one_rank = Ranks(0, 1, torch.device("cpu"))
+    assert parallelize_arguments(parsed("flux", "--device", "cpu", *flags.split()), one_rank) == {
+        "compiler": "inductor",
+        "vae": True,
+        "quantize": "int8",
+        "rdt": 0.2,
+        "attention": "math",
+        "mode": "max-autotune-no-cudagraphs",
+    }
+    assert parallelize_arguments(parsed("flux", "--device", "cpu", "--rdt", "0", "--no-vae"), one_rank) == {
+        "compiler": "inductor",
+        "vae": False,
+    }
 
 
 def test_imports_are_quiet_and_later_warnings_are_not(caplog: pytest.LogCaptureFixture) -> None:

@@ -22,7 +22,7 @@ import paracompile
 from running.command import Example
 from running.shown import Frames, Rows, save, side_by_side, table
 
-__all__ = ["Ranks", "Run", "join_ranks", "run"]
+__all__ = ["Ranks", "Run", "join_ranks", "load", "parallelize_arguments", "run"]
 
 WARM_UP = 2
 """Steps that compile everything: both transformers, where there are two, and the VAE."""
@@ -200,7 +200,9 @@ def run(example: Example, kind: Any, options: argparse.Namespace, ranks: Ranks) 
     if options.quantize != "none":  # torch's advice to torchao
         warnings.filterwarnings("ignore", message=".*does not implement _stable_hash_for_caching")
     reports = Reports()
-    paracompile.parallelize(pipeline, **_how(options, ranks), fullgraph=example.fullgraph, report=reports)
+    paracompile.parallelize(
+        pipeline, **parallelize_arguments(options, ranks), fullgraph=example.fullgraph, report=reports
+    )
     parts = (getattr(pipeline, name, None) for name in ("transformer", "transformer_2"))
     denoisers = [part for part in parts if part is not None]
 
@@ -224,7 +226,7 @@ def run(example: Example, kind: Any, options: argparse.Namespace, ranks: Ranks) 
         _show(example, options, ranks, runs, warm_up, reports, stats)
 
 
-def _how(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+def parallelize_arguments(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """What `parallelize` is told."""
     how: dict[str, Any] = {"compiler": options.compiler, "vae": options.vae}
     if ranks.count > 1:
