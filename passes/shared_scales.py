@@ -14,6 +14,7 @@ A scale for each row (`PerRow`) is a matter of a token alone: no exchange, no ro
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -47,11 +48,11 @@ class SharedScales:
     """
 
     def __init__(self) -> None:
-        self._ranges: dict[fx.Node, fx.Node] = {}
+        self._longer: dict[fx.Node, fx.Node] = {}
 
     @property
     def exchanges(self) -> int:
-        return len(self._ranges)
+        return len(self._longer)
 
     def linear(self, write: GraphWriter, node: fx.Node, args: tuple[Any, ...], group: str) -> fx.Node:
         """Writes `aten.linear.default(*args)`, whose first operand is this rank's part.
@@ -71,12 +72,11 @@ class SharedScales:
                 "it quantises its input by one scale for all tokens, and there are fewer of these than ranks",
                 "quantise with a scale for each row (torchao's PerRow), or take fewer ranks",
             )
-        if x not in self._ranges:
-            self._ranges[x] = self._range(write, x, width, group)
-        tokens = write(aten.reshape.default, x, [-1, width])
-        longer = write(aten.cat.default, [tokens, self._ranges[x]])
-        made = write(aten.linear.default, longer, *rest)
-        made = write(aten.slice.Tensor, made, 0, 0, tokens.meta["val"].shape[0])
+        if x not in self._longer:
+            tokens = write(aten.reshape.default, x, [-1, width])
+            self._longer[x] = write(aten.cat.default, [tokens, self._range(write, x, width, group)])
+        made = write(aten.linear.default, self._longer[x], *rest)
+        made = write(aten.slice.Tensor, made, 0, 0, prod(outer))
         written: fx.Node = write(aten.reshape.default, made, [*outer, made.meta["val"].shape[-1]])
         return written
 
