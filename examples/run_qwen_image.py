@@ -80,7 +80,12 @@ EXAMPLE = Example(
     prompt="a shop window with a sign that says OPEN",
     small=small,
     call=dict(
-        negative_prompt=" ", height=128, width=128, num_inference_steps=20, true_cfg_scale=4.0, max_sequence_length=TEXT
+        negative_prompt="blurred, of low quality, badly lit, dull",  # as long as the prompt: one graph serves both
+        height=128,
+        width=128,
+        num_inference_steps=20,
+        true_cfg_scale=4.0,
+        max_sequence_length=TEXT,
     ),
     model_call=dict(negative_prompt=" ", height=1328, width=1328, num_inference_steps=50, true_cfg_scale=4.0),
     rdt=0.5,
