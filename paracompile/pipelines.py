@@ -40,6 +40,7 @@ def parallelize(
     quantize: Quantization | None = None,
     vae: bool = False,
     output: Output = "all",
+    fullgraph: bool = False,
     **options: Any,
 ) -> Pipeline:
     """Has a pipeline run by paracompile, on one rank or on many; prints in a few lines what was done.
@@ -55,6 +56,7 @@ def parallelize(
         quantize: quantises the transformers' linear layers first, see `quantise`.
         vae: compiles the VAE's encoder and decoder as well; on several ranks they share its images.
         output: on several ranks, "all" returns the result on each; "first" on rank 0, and None elsewhere.
+        fullgraph: an error where Dynamo would break a transformer's graph; it then captures more of some models in one.
         options: of the backend, see `Options`: `rdt`, `mode`, ...
 
     Returns:
@@ -77,7 +79,7 @@ def parallelize(
     for module in denoisers.values():
         if quantize is not None:
             quantise(module, quantize)
-        module.compile(backend="paracompile", options={"mesh": mesh, **options})
+        module.compile(backend="paracompile", fullgraph=fullgraph, options={"mesh": mesh, **options})
     uncached = {name: value for name, value in options.items() if name not in CACHE_OPTIONS}
     for module in coders.values():
         module.compile(backend="paracompile", options={"mesh": mesh, **uncached})
@@ -121,7 +123,7 @@ def _said(pipe: Any, ranks: Ranks) -> str:
 
 
 def _lines(modules: Mapping[str, nn.Module], options: Mapping[str, Any]) -> Iterable[str]:
-    given = "".join(f", {name}={value!r}" for name, value in options.items())
+    given = "".join(f", {name}={value!r}" for name, value in options.items() if name != "report")
     for name, module in modules.items():
         yield f"  {name} ({type(module).__name__}): compiled at its first call{given}"
 

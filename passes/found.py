@@ -73,6 +73,7 @@ class Found:
         dimensions: where images are cut, the name of the spatial dimension that is and what it costs, then those of
             the others (`plan_layouts`); none where tokens are.
         together: how many attentions have their queries, keys and values in one exchange (`lower`).
+        ranges: how many ranges of values ranks exchange to quantise by one scale (`lower`).
         skipped: what may be skipped (`mark_blocks`); None without a cache, or where no blocks are.
         masks_dropped: how many attentions got along without their mask (`drop_masked_keys`).
         kernel: what attention is computed by where it was not left to PyTorch (`choose_kernels`).
@@ -88,6 +89,7 @@ class Found:
     dimensions: tuple[tuple[str, Cost], ...] = ()
     skipped: Skipped | None = None
     together: int = 0
+    ranges: int = 0
     masks_dropped: int = 0
     kernel: str | None = None
     kernel_serves: int = 0

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -33,6 +33,7 @@ from paracompile.passes.found import Found
 from paracompile.passes.localise import localised
 from paracompile.passes.lower_attention import AttentionOnTokens, UnifiedAttention
 from paracompile.passes.lower_neighbours import with_neighbours
+from paracompile.passes.shared_scales import SharedScales, scales_all_at_once
 from paracompile.passes.split_and_gather import neighbours_of, shardings_of
 from paracompile.passes.tokens import all_tokens, own_tokens
 from paracompile.passes.writer import GraphWriter
@@ -61,9 +62,13 @@ def lower(
     raises:
         GraphError: an attention whose heads cannot be shared, or a mistake in a rule.
     """
-    lowering = _Lowering(gm, UnifiedAttention(ranks, together=together, eight_bits=eight_bits), ranks)
+    inputs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False)  # inputs of our own come last
+    scaling = {node for node, value in inputs if scales_all_at_once(value)}
+    attention = UnifiedAttention(ranks, together=together, eight_bits=eight_bits)
+    lowering = _Lowering(gm, attention, ranks, scaling)
     local = lowering.run()
     found.together = lowering.attention.put_together
+    found.ranges = lowering.scales.exchanges
     return local
 
 
@@ -72,14 +77,19 @@ class _Lowering:
 
     attributes:
         axes: those along which anything may be cut.
+        scaling: weights whose layers take one scale from all that they get.
         write: writes nodes into the new graph.
         values: what was written for each tensor of the graph.
         others: what was written for nodes that are no tensors.
         regions: the autocast regions that were entered, by the nodes that enter them.
     """
 
-    def __init__(self, gm: fx.GraphModule, attention: UnifiedAttention, ranks: Ranks) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, attention: UnifiedAttention, ranks: Ranks, scaling: Collection[fx.Node]
+    ) -> None:
         self.gm = gm
+        self.scaling = scaling
+        self.scales = SharedScales()
         self.axes = {axis.name: axis for axis in (ranks.batch, ranks.sequence, ranks.all)}
         self.attention = attention
         self.by_node = {operation.node: operation for operation in operations(gm.graph, rule_for)}
@@ -127,10 +137,13 @@ class _Lowering:
         elif node.target is UNIFIED_ATTENTION:
             written = self._unified_attention(operation)
         elif any(map(shardings_of, operation.results)):
-            if all(0 in self._local_shape(value) for value in operation.results) and not neighbours_of(node):
+            if self._takes_one_scale(operation):
+                written = self._scaled(operation)
+            elif all(0 in self._local_shape(value) for value in operation.results) and not neighbours_of(node):
                 self._empty(operation)
                 return
-            written = self._cut(operation)
+            else:
+                written = self._cut(operation)
         else:
             written = self.write.copy(node, *self._arguments(node))
         if isinstance(written.meta["val"], torch.Tensor):
@@ -266,6 +279,17 @@ class _Lowering:
         args, kwargs = spelled(operation, operands)
         assert operation.op is not None
         return self.write(operation.op.target, *args, **kwargs)
+
+    def _takes_one_scale(self, operation: Operation) -> bool:
+        node = operation.node
+        return node.target is aten.linear.default and node.args[1] in self.scaling
+
+    def _scaled(self, operation: Operation) -> fx.Node:
+        """Writes a linear layer whose input is cut, by a scale of the whole input."""
+        axes = [axis for axis, _ in self._cuts(operation.operands[0])]
+        group = axes[0].group if len(axes) == 1 else self.axes["all"].group
+        args, _ = self._arguments(operation.node)
+        return self.scales.linear(self.write, operation.node, args, group)
 
     def _empty(self, operation: Operation) -> None:
         """What is empty on this rank is written as empty: operators need not bear that (convolutions, FFTs)."""

@@ -15,7 +15,7 @@ from torch.utils import flop_counter
 import paracompile.runtime.kernels
 import paracompile.runtime.visible  # noqa: F401  (registers attention_to_visible)
 from paracompile.layout.factors import Op
-from paracompile.layout.graph import Operation
+from paracompile.layout.graph import Operation, shape_of
 
 aten = torch.ops.aten
 
@@ -27,8 +27,12 @@ def flops(op: Op) -> int:
 
 
 def flops_of(operation: Operation) -> int:
-    """Twice the multiply-adds of an operation; 0 where it is no ATen operator."""
-    return flops(operation.op) if operation.op is not None else 0
+    """Twice the multiply-adds of an operation; of what is no ATen operator, only a quantised layer's count."""
+    if operation.op is not None:
+        return flops(operation.op)
+    if operation.node.target is torch.nn.functional.linear:  # as `dispatch_on_subclasses` spells it
+        return 2 * prod(shape_of(operation.results[0])) * shape_of(operation.operands[0])[-1]
+    return 0
 
 
 def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:

@@ -126,8 +126,9 @@ def _all_gather(arguments: list[Any]) -> list[torch.Tensor]:
 
 
 def _all_reduce(arguments: list[Any]) -> list[torch.Tensor]:
-    assert {operation for _, operation, _ in arguments} == {"sum"}
-    total = torch.stack([value for value, _, _ in arguments]).sum(0)
+    (operation,) = {operation for _, operation, _ in arguments}
+    values = torch.stack([value for value, _, _ in arguments])
+    total = {"sum": values.sum, "max": values.amax}[operation](0)
     return [total.clone() for _ in arguments]
 
 

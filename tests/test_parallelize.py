@@ -149,7 +149,7 @@ def test_adapters_come_and_go_and_a_scale_that_changes_compiles_nothing() -> Non
     assert compiled[-1] <= 8
 
 
-def _saved_adapter(folder: Path, seed: int, rank: int) -> Path:
+def saved_adapter(folder: Path, seed: int, rank: int) -> Path:
     pipe = load()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -161,7 +161,7 @@ def _saved_adapter(folder: Path, seed: int, rank: int) -> Path:
 
 def test_adapters_that_are_swapped_compile_nothing(tmp_path: Path) -> None:
     torch._dynamo.reset()
-    folders = [_saved_adapter(tmp_path / str(seed), seed, rank) for seed, rank in ((1, 4), (2, 2))]
+    folders = [saved_adapter(tmp_path / str(seed), seed, rank) for seed, rank in ((1, 4), (2, 2))]
     plain, pipe = load(), load()
     for each in (plain, pipe):
         each.enable_lora_hotswap(target_rank=8)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from families import ALL_FAMILIES, Inputs
 from lockstep import run_lockstep
 from random_tensors import draw, randomise
-from small_models import BATCH, Denoiser, image_tokens
+from small_models import BATCH, Denoiser, Transformer, image_tokens, shard
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -226,9 +226,21 @@ def linears(gm: fx.GraphModule) -> list[Any]:
 
 
 def test_the_report_of_a_quantised_model() -> None:
+    """Its products count as the plain one's."""
     reports: list[Any] = []
-    model = quantised()
-    with torch.no_grad():
-        compiled(model, report=reports.append)(**inputs_of(0))
-    (report,) = reports
+    for model in (quantised(), randomise(Denoiser(3))):
+        with torch.no_grad():
+            compiled(model, report=reports.append)(**inputs_of(0))
+    report, plain = reports
     assert (report.blocks, report.blocks_skipped) == (3, 2)
+    assert report.flops_whole == report.flops_rank == plain.flops_rank > 0
+    assert report.flops_skipped == plain.flops_skipped > 0
+
+
+def test_and_of_a_rank_of_two() -> None:
+    model = randomise(Transformer())
+    plain = shard(model, [image_tokens()], 2).report
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+    report = shard(model, [image_tokens()], 2).report
+    assert (report.flops_rank, report.flops_whole) == (plain.flops_rank, plain.flops_whole)
+    assert report.flops_rank < 0.6 * report.flops_whole

@@ -192,6 +192,11 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
         f"{count} attentions not by {found.kernel} but as PyTorch chooses: {reason}"
         for reason, count in found.kernel_declined.items()
     ]
+    if found.ranges:
+        notes.append(
+            f"one scale for all tokens: quantised layers exchange the range of {found.ranges} inputs in a call; with a "
+            "scale for each row (PerRow) they would exchange nothing"
+        )
     notes = [*_dimension(found), *notes]
     report = Report(
         ranks=ranks.size,
