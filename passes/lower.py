@@ -27,12 +27,14 @@ from torch._guards import detect_fake_mode
 from paracompile.errors import GraphError
 from paracompile.layout.factors import Operand, Shape
 from paracompile.layout.graph import Operation, Value, is_tensor, operations, shape_of, spelled, tensor_of, value_of
+from paracompile.layout.halos import Halo
 from paracompile.layout.plan import Sharding
 from paracompile.mesh import Axis, Ranks
 from paracompile.passes.found import Found
 from paracompile.passes.localise import localised
 from paracompile.passes.lower_attention import AttentionOnTokens, UnifiedAttention
-from paracompile.passes.lower_neighbours import with_neighbours
+from paracompile.passes.lower_moments import with_shared_moments
+from paracompile.passes.lower_windows import Held, Source, Windowed
 from paracompile.passes.split_and_gather import neighbours_of, shardings_of
 from paracompile.passes.tokens import all_tokens, own_tokens
 from paracompile.passes.writer import GraphWriter
@@ -75,6 +77,7 @@ class _Lowering:
         write: writes nodes into the new graph.
         values: what was written for each tensor of the graph.
         others: what was written for nodes that are no tensors.
+        to_measure: copies that are written where the window that reads them is.
         regions: the autocast regions that were entered, by the nodes that enter them.
     """
 
@@ -88,6 +91,7 @@ class _Lowering:
         self.write = GraphWriter(fake_mode)
         self.values: dict[Value, fx.Node] = {}
         self.others: dict[fx.Node, fx.Node] = {}
+        self.to_measure: dict[Value, Windowed] = {}
         self.regions: dict[fx.Node, contextlib.ExitStack] = {}
 
     def run(self) -> fx.GraphModule:
@@ -129,6 +133,10 @@ class _Lowering:
         elif any(map(shardings_of, operation.results)):
             if all(0 in self._local_shape(value) for value in operation.results) and not neighbours_of(node):
                 self._empty(operation)
+                return
+            halo = self._halo_to_measure(operation)
+            if halo is not None:
+                self.to_measure[operation.results[0]] = self._windowed(operation, self.axes["all"], halo)
                 return
             written = self._cut(operation)
         else:
@@ -246,7 +254,6 @@ class _Lowering:
 
     def _cut(self, operation: Operation) -> fx.Node:
         """Writes the operation on local operands, with its size arguments made local, axis by axis."""
-        operands = [self.values[value] for value in operation.operands]
         neighbours = neighbours_of(operation.node)
         of_operands, of_results = (
             [{axis.name: sharding for axis, sharding in self._cuts(value)} for value in values]
@@ -254,8 +261,13 @@ class _Lowering:
         )
         for name, axis in self.axes.items():
             if name in neighbours:
-                held, result = of_operands[0].get(name), of_results[0][name]
-                return with_neighbours(self.write, operation, neighbours[name], operands, held, result, axis)
+                halo = neighbours[name].halo
+                if halo is None:
+                    operands = [self.values[value] for value in operation.operands]
+                    return with_shared_moments(self.write, operation, operands, of_operands[0][name], axis)
+                result = of_results[0][name]
+                wanted = [result.bounds(rank) for rank in range(axis.size)]
+                return self._windowed(operation, axis, halo).rows(self.write, halo.dim, wanted)
             if name in of_results[0]:
                 operation = localised(
                     operation,
@@ -263,9 +275,42 @@ class _Lowering:
                     [cuts[name] for cuts in of_results],
                     axis.rank,
                 )
-        args, kwargs = spelled(operation, operands)
+        args, kwargs = spelled(operation, [self.values[value] for value in operation.operands])
         assert operation.op is not None
         return self.write(operation.op.target, *args, **kwargs)
+
+    def _windowed(self, operation: Operation, axis: Axis, halo: Halo) -> Windowed:
+        value, *others = operation.operands
+        source: Source
+        if value in self.to_measure:
+            source = self.to_measure[value]
+        else:
+            held = {each.name: sharding for each, sharding in self._cuts(value)}.get(axis.name)
+            by_rank = None if held is None else [held.bounds(rank) for rank in range(axis.size)]
+            source = Held(self.values[value], by_rank, axis)
+        return Windowed(operation, halo, source, [self.values[other] for other in others], axis)
+
+    def _halo_to_measure(self, operation: Operation) -> Halo | None:
+        """How a copy reads its operand if one window is all that reads it; None for everything else."""
+        value, axis = operation.results[0], self.axes["all"].name
+        if operation.rule is None or not operation.rule.copies or len(operation.node.users) != 1:
+            return None
+        (reader,) = (self.by_node.get(user) for user in operation.node.users)
+        if reader is None or operation.node.meta.get("cache_roles"):
+            return None
+        reads = neighbours_of(reader.node).get(axis)
+        if reads is None or reads.halo is None or reader.operands[0] != value or reader.operands.count(value) > 1:
+            return None
+        own = neighbours_of(operation.node).get(axis)
+        if own is not None:
+            return own.halo
+        held, made = (shardings_of(each).get(axis) for each in (operation.operands[0], value))
+        dim = reads.halo.dim
+        if held is None or made is None or held.place != made.place or made.place.dim != dim:
+            return None
+        along = (factor.halo for factor in operation.factors if factor.halo is not None and factor.halo.dim == dim)
+        size = shape_of(value)[dim]
+        return next(along, Halo(dim, size, size))  # it leaves this dimension as it is
 
     def _empty(self, operation: Operation) -> None:
         """What is empty on this rank is written as empty: operators need not bear that (convolutions, FFTs)."""

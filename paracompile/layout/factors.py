@@ -126,6 +126,7 @@ class Rule:
             (`Factor.halo`); for operators without such factors None.
         window_target: the overload that is called on a window, where it is another one (padding by a name becomes
             padding in numbers).
+        copies: whether the operator only copies what it reads, so that a rank may as well make its neighbours' edges.
     """
 
     factors: Callable[[Op], Sequence[Factor]]
@@ -133,6 +134,7 @@ class Rule:
     local_target: OpOverload[..., Any] | None = None
     on_window: Callable[[Op, Halo, Window], dict[str, Any]] | None = None
     window_target: OpOverload[..., Any] | None = None
+    copies: bool = False
 
 
 def whole(shape: Shape, dim: int) -> Span:

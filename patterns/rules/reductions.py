@@ -86,7 +86,7 @@ def _padded(factors: halos.Factors) -> Rule:
         rank, pad = len(op.operands[0]), op.arguments["pad"]
         return spare(op, [rank - 1 - index // 2 for index, width in enumerate(pad) if width != 0]) + factors(op)
 
-    return Rule(all_factors, on_window=halos.on_padded_window("pad"))
+    return Rule(all_factors, on_window=halos.on_padded_window("pad"), copies=True)
 
 
 def _transform(sizes: str) -> Rule:
