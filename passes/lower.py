@@ -34,6 +34,7 @@ from paracompile.passes.found import Found
 from paracompile.passes.localise import localised
 from paracompile.passes.lower_attention import AttentionOnTokens, UnifiedAttention
 from paracompile.passes.lower_moments import with_shared_moments
+from paracompile.passes.lower_sums import summed_up
 from paracompile.passes.lower_windows import Held, Source, Windowed
 from paracompile.passes.split_and_gather import neighbours_of, shardings_of
 from paracompile.passes.tokens import all_tokens, own_tokens
@@ -130,7 +131,7 @@ class _Lowering:
             written = self._whole(operation)
         elif node.target is UNIFIED_ATTENTION:
             written = self._unified_attention(operation)
-        elif any(map(shardings_of, operation.results)):
+        elif any(map(shardings_of, operation.results)) or neighbours_of(node):
             if all(0 in self._local_shape(value) for value in operation.results) and not neighbours_of(node):
                 self._empty(operation)
                 return
@@ -262,12 +263,14 @@ class _Lowering:
         for name, axis in self.axes.items():
             if name in neighbours:
                 halo = neighbours[name].halo
-                if halo is None:
-                    operands = [self.values[value] for value in operation.operands]
-                    return with_shared_moments(self.write, operation, operands, of_operands[0][name], axis)
-                result = of_results[0][name]
-                wanted = [result.bounds(rank) for rank in range(axis.size)]
-                return self._windowed(operation, axis, halo).rows(self.write, halo.dim, wanted)
+                if halo is not None:
+                    result = of_results[0][name]
+                    wanted = [result.bounds(rank) for rank in range(axis.size)]
+                    return self._windowed(operation, axis, halo).rows(self.write, halo.dim, wanted)
+                operands = [self.values[value] for value in operation.operands]
+                if neighbours[name].sums:
+                    return summed_up(self.write, operation, operands, axis)
+                return with_shared_moments(self.write, operation, operands, of_operands[0][name], axis)
             if name in of_results[0]:
                 operation = localised(
                     operation,
