@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_dc import EfficientViTBlock
 from random_tensors import draw, randomise
 from rule_check import check
 from small_models import (
@@ -155,3 +156,18 @@ def test_means_over_pixels(ranks: int) -> None:
     sharded = assert_sharded(randomise(Squeezed()), [draw(1, 3, 11, 5)], ranks, tolerance=5e-6)
     assert sharded.collectives["all_reduce"] == 1
     assert sharded.collectives["all_gather_into_tensor"] == 1
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_linear_attention_among_pixels(ranks: int) -> None:
+    """A block of AutoencoderDC's, between convolutions: keys times values are added up, and nothing is gathered."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        EfficientViTBlock(16, attention_head_dim=4, qkv_multiscales=(5,), norm_type="rms_norm"),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.Conv2d(16, 3, 3, padding=1),
+    )
+    sharded = assert_sharded(randomise(model), [draw(1, 3, 14, 11)], ranks, tolerance=1e-5)
+    assert sharded.collectives["all_reduce"] == 1
+    assert sharded.collectives["all_gather_into_tensor"] == 1
+    assert sharded.whole_operations() == []
