@@ -63,15 +63,12 @@ def _compose(graph: fx.Graph, convolution: fx.Node, source: fx.Node, pad: list[i
         pad[2 * axis + 1] -= both
     if padding == list(arguments["padding"]):
         return
-    with graph.inserting_before(convolution):
-        write = GraphWriter(x.meta["val"].fake_mode, graph)
-        if any(pad):
+    if any(pad):
+        with graph.inserting_before(convolution):
+            write = GraphWriter(x.meta["val"].fake_mode, graph)
             write.origin = source
             x = write(aten.constant_pad_nd.default, x, pad, 0.0)
-        write.origin = convolution
-        composed = write(convolution.target, *({**arguments, "input": x, "padding": padding}).values())
-    composed.meta = {**convolution.meta, **composed.meta}
-    convolution.replace_all_uses_with(composed)
-    graph.erase_node(convolution)
+    convolution.args = tuple({**arguments, "input": x, "padding": padding}.values())
+    convolution.kwargs = {}
     if not source.users:
         graph.erase_node(source)

@@ -121,3 +121,13 @@ def test_a_copy_that_others_read_as_well_is_made_once() -> None:
 
     sharded = assert_sharded(model, [draw(1, 3, 9, 5)], 2, tolerance=5e-6)
     assert targets(sharded.graphs[0]).count("upsample_nearest2d.vec") == 1
+
+
+def test_under_autocast() -> None:
+    model = randomise(Causal("constant"))
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    assert_sharded(run, [draw(1, 3, 3, 11, 5)], 2, tolerance=3e-2)
