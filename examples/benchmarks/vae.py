@@ -1,6 +1,6 @@
 """Decoding by one of several ranks: what it computes, holds and sends, and whether the picture is the same.
 
-    python examples/benchmarks/vae.py                                   # AutoencoderKL, 64 x 64 latents: about an hour
+    python examples/benchmarks/vae.py                                   # AutoencoderKL, 64 x 64 latents: half an hour
     python examples/benchmarks/vae.py --model AutoencoderKLWan
     python examples/benchmarks/vae.py --rows 16 --columns 16 --runs 1   # a few minutes
 
