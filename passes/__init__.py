@@ -20,6 +20,7 @@ from paracompile.mesh import Ranks
 from paracompile.passes.attention_on_shards import Lengths, attention_on_shards, local_lengths
 from paracompile.passes.cache_decision import CacheRules
 from paracompile.passes.choose_kernels import choose_kernels
+from paracompile.passes.compose_padding import compose_padding
 from paracompile.passes.drop_masked_keys import drop_masked_keys
 from paracompile.passes.first_block_cache import first_block_cache
 from paracompile.passes.found import CacheLayout, Found
@@ -128,6 +129,7 @@ def pipeline(
         passes.append(Pass(on_shards, requires=static, provides="a rank", conflicts=frozenset({"a rank"})))
     elif not ranks.is_single:
         passes += [
+            Pass(compose_padding, requires=static, provides="composed padding"),
             Pass(partial(plan_layouts, ranks=ranks, found=found), requires=static, provides="plans"),
             Pass(
                 partial(split_and_gather, found=found),

@@ -27,12 +27,15 @@ from torch._guards import detect_fake_mode
 from paracompile.errors import GraphError
 from paracompile.layout.factors import Operand, Shape
 from paracompile.layout.graph import Operation, Value, is_tensor, operations, shape_of, spelled, tensor_of, value_of
+from paracompile.layout.halos import Halo
 from paracompile.layout.plan import Sharding
 from paracompile.mesh import Axis, Ranks
 from paracompile.passes.found import Found
 from paracompile.passes.localise import localised
 from paracompile.passes.lower_attention import AttentionOnTokens, UnifiedAttention
-from paracompile.passes.lower_neighbours import with_neighbours
+from paracompile.passes.lower_moments import with_shared_moments
+from paracompile.passes.lower_sums import summed_up
+from paracompile.passes.lower_windows import Held, Source, Windowed
 from paracompile.passes.shared_scales import SharedScales, scales_all_at_once
 from paracompile.passes.split_and_gather import neighbours_of, shardings_of
 from paracompile.passes.tokens import all_tokens, own_tokens
@@ -81,6 +84,7 @@ class _Lowering:
         write: writes nodes into the new graph.
         values: what was written for each tensor of the graph.
         others: what was written for nodes that are no tensors.
+        to_measure: copies that are written where the window that reads them is.
         regions: the autocast regions that were entered, by the nodes that enter them.
     """
 
@@ -98,6 +102,7 @@ class _Lowering:
         self.write = GraphWriter(fake_mode)
         self.values: dict[Value, fx.Node] = {}
         self.others: dict[fx.Node, fx.Node] = {}
+        self.to_measure: dict[Value, Windowed] = {}
         self.regions: dict[fx.Node, contextlib.ExitStack] = {}
 
     def run(self) -> fx.GraphModule:
@@ -136,11 +141,14 @@ class _Lowering:
             written = self._whole(operation)
         elif node.target is UNIFIED_ATTENTION:
             written = self._unified_attention(operation)
-        elif any(map(shardings_of, operation.results)):
+        elif any(map(shardings_of, operation.results)) or neighbours_of(node):
             if self._takes_one_scale(operation):
                 written = self._scaled(operation)
             elif all(0 in self._local_shape(value) for value in operation.results) and not neighbours_of(node):
                 self._empty(operation)
+                return
+            elif (halo := self._halo_to_measure(operation)) is not None:
+                self.to_measure[operation.results[0]] = self._windowed(operation, self.axes["all"], halo)
                 return
             else:
                 written = self._cut(operation)
@@ -259,7 +267,6 @@ class _Lowering:
 
     def _cut(self, operation: Operation) -> fx.Node:
         """Writes the operation on local operands, with its size arguments made local, axis by axis."""
-        operands = [self.values[value] for value in operation.operands]
         neighbours = neighbours_of(operation.node)
         of_operands, of_results = (
             [{axis.name: sharding for axis, sharding in self._cuts(value)} for value in values]
@@ -267,8 +274,15 @@ class _Lowering:
         )
         for name, axis in self.axes.items():
             if name in neighbours:
-                held, result = of_operands[0].get(name), of_results[0][name]
-                return with_neighbours(self.write, operation, neighbours[name], operands, held, result, axis)
+                halo = neighbours[name].halo
+                if halo is not None:
+                    result = of_results[0][name]
+                    wanted = [result.bounds(rank) for rank in range(axis.size)]
+                    return self._windowed(operation, axis, halo).rows(self.write, halo.dim, wanted)
+                operands = [self.values[value] for value in operation.operands]
+                if neighbours[name].sums:
+                    return summed_up(self.write, operation, operands, axis)
+                return with_shared_moments(self.write, operation, operands, of_operands[0][name], axis)
             if name in of_results[0]:
                 operation = localised(
                     operation,
@@ -276,7 +290,7 @@ class _Lowering:
                     [cuts[name] for cuts in of_results],
                     axis.rank,
                 )
-        args, kwargs = spelled(operation, operands)
+        args, kwargs = spelled(operation, [self.values[value] for value in operation.operands])
         assert operation.op is not None
         return self.write(operation.op.target, *args, **kwargs)
 
@@ -290,6 +304,39 @@ class _Lowering:
         group = axes[0].group if len(axes) == 1 else self.axes["all"].group
         args, _ = self._arguments(operation.node)
         return self.scales.linear(self.write, operation.node, args, group)
+
+    def _windowed(self, operation: Operation, axis: Axis, halo: Halo) -> Windowed:
+        value, *others = operation.operands
+        source: Source
+        if value in self.to_measure:
+            source = self.to_measure[value]
+        else:
+            held = {each.name: sharding for each, sharding in self._cuts(value)}.get(axis.name)
+            by_rank = None if held is None else [held.bounds(rank) for rank in range(axis.size)]
+            source = Held(self.values[value], by_rank, axis)
+        return Windowed(operation, halo, source, [self.values[other] for other in others], axis)
+
+    def _halo_to_measure(self, operation: Operation) -> Halo | None:
+        """How a copy reads its operand if one window is all that reads it; None for everything else."""
+        value, axis = operation.results[0], self.axes["all"].name
+        if operation.rule is None or not operation.rule.copies or len(operation.node.users) != 1:
+            return None
+        (reader,) = (self.by_node.get(user) for user in operation.node.users)
+        if reader is None or operation.node.meta.get("cache_roles"):
+            return None
+        reads = neighbours_of(reader.node).get(axis)
+        if reads is None or reads.halo is None or reader.operands[0] != value or reader.operands.count(value) > 1:
+            return None
+        own = neighbours_of(operation.node).get(axis)
+        if own is not None:
+            return own.halo
+        held, made = (shardings_of(each).get(axis) for each in (operation.operands[0], value))
+        dim = reads.halo.dim
+        if held is None or made is None or held.place != made.place or made.place.dim != dim:
+            return None
+        along = (factor.halo for factor in operation.factors if factor.halo is not None and factor.halo.dim == dim)
+        size = shape_of(value)[dim]
+        return next(along, Halo(dim, size, size))  # it leaves this dimension as it is
 
     def _empty(self, operation: Operation) -> None:
         """What is empty on this rank is written as empty: operators need not bear that (convolutions, FFTs)."""

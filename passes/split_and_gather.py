@@ -76,9 +76,10 @@ class _Resharding:
         """Notes how a node's results are cut."""
         for axis, plan in self.plans.items():
             if plan.cuts_node(node):
-                results = tuple(plan.result(value) for value in plan.by_node[node].results)
-                node.meta["shardings"] = {**node.meta.get("shardings", {}), axis: results}
                 factor = plan.cuts[plan.by_node[node]].factor
+                if not factor.sums:
+                    results = tuple(plan.result(value) for value in plan.by_node[node].results)
+                    node.meta["shardings"] = {**node.meta.get("shardings", {}), axis: results}
                 if not factor.is_independent:
                     node.meta["neighbours"] = {axis: factor}
 

@@ -53,6 +53,7 @@ def run_lockstep(
 
 def _run(gm: fx.GraphModule, inputs: Sequence[Any]) -> Generator[Collective, Any, Any]:
     environment: dict[fx.Node, Any] = {}
+    last_reader = {source: node for node in gm.graph.nodes for source in node.all_input_nodes}
     values = iter(inputs)
     outside = _autocast_state()
     for node in gm.graph.nodes:
@@ -78,6 +79,10 @@ def _run(gm: fx.GraphModule, inputs: Sequence[Any]) -> Generator[Collective, Any
             _set_autocast(mine)
         else:
             environment[node] = node.target(*args, **kwargs)
+        for source in node.all_input_nodes:
+            if last_reader[source] is node:
+                del environment[source]
+        del args, kwargs
     raise AssertionError("a graph without an output")
 
 

@@ -31,12 +31,13 @@ UNINITIALISED = {torch.ops.aten.empty_like.default, torch.ops.aten.empty.memory_
 
 @dataclass
 class Verdict:
-    """What a check found; `listed` is how many independent factors were cut, `halos` along how many windows were."""
+    """What a check found: how many independent factors were cut (`listed`), windows taken and sums made of parts."""
 
     wrong: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     listed: int = 0
     halos: int = 0
+    sums: int = 0
 
 
 def check(target: Any, *args: Any, rule: Rule | None = None, search: bool = True, **kwargs: Any) -> Verdict:
@@ -46,11 +47,14 @@ def check(target: Any, *args: Any, rule: Rule | None = None, search: bool = True
     op, tensors = describe(target, args, kwargs)
     factors = [factor for factor in rule.factors(op) if factor.is_independent]
     halos = [factor.halo for factor in rule.factors(op) if factor.halo is not None]
-    verdict = Verdict(listed=len(factors), halos=len(halos))
+    sums = [factor for factor in rule.factors(op) if factor.sums]
+    verdict = Verdict(listed=len(factors), halos=len(halos), sums=len(sums))
     for factor in factors:
         verdict.wrong += wrong_cuts(op, rule, factor, tensors)
     for halo in halos:
         verdict.wrong += wrong_windows(op, rule, halo, tensors)
+    for factor in sums:
+        verdict.wrong += wrong_sums(op, factor, tensors)
     if search:
         verdict.missing = missing_factors(op, rule, factors, tensors)
     return verdict
@@ -257,6 +261,23 @@ def on_window(op: Op, rule: Rule, halo: Halo, tensors: Sequence[Tensor], start: 
         rule.window_target or op.target, op.arguments | rule.on_window(op, halo, window), [part, *tensors[1:]]
     )
     return found.narrow(halo.dim, window.skip, window.count)
+
+
+# Sums
+
+
+def wrong_sums(op: Op, factor: Factor, tensors: Sequence[Tensor]) -> Iterator[str]:
+    """Adds up what the operator makes of parts of what it sums over (of means, by their shares)."""
+    (reference,) = run(op.target, op.arguments, tensors)
+    is_mean = "mean" in str(op.target)
+    for edge in range(1, factor.size):
+        found = torch.zeros_like(reference)
+        for part in (range(edge), range(edge, factor.size)):
+            cut = [take(tensor, span, part) for tensor, span in zip(tensors, factor.operands, strict=True)]
+            (made,) = run(op.target, op.arguments, cut)
+            found = found + (made * (len(part) / factor.size) if is_mean else made)
+        if not same(found, reference, op.target):
+            yield f"{factor}: edge {edge}: values differ"
 
 
 # Missing factors

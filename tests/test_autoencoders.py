@@ -74,3 +74,16 @@ def test_the_decoder_is_no_class_that_is_known() -> None:
             return result
 
     assert_sharded(Mine(), [AUTOENCODERS["flux"].latents(ROWS, COLUMNS)], 2, tolerance=1e-5)
+
+
+def test_tiles_are_shared_and_give_the_tiled_picture() -> None:
+    """Every rank does its part of each tile, here in one graph of all tiles."""
+    vae = AUTOENCODERS["flux"].build()
+    latents = AUTOENCODERS["flux"].latents(7, 10)
+    with torch.no_grad():
+        untiled = decoding(vae)(latents)
+    vae.enable_tiling()
+    vae.tile_latent_min_size, vae.tile_sample_min_size = 8, 32
+    sharded = assert_sharded(decoding(vae), [latents], 2, tolerance=1e-5)
+    assert float((sharded.result - untiled).abs().max()) > 1e-3
+    assert sharded.share < 0.7

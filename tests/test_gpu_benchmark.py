@@ -28,7 +28,7 @@ def test_kernels_and_a_model_of_real_size(tmp_path: Path) -> None:
     assert code == 0, lines
     assert len(figures["kernels"]) == 3 * 3 * 5 + 3  # of flash, by name, for each head size
     assert lines[-1].startswith("0 bad, 0 out of time")
-    assert len(lines) == 3 * 3 * 5 + 1 + 1
+    assert len(lines) == 3 * 3 * 5 + 3 + 1 + 1
     (measured,) = figures["flux"].values()
     assert measured["hits"] == [False, True]
     assert measured["collectives"] == {"all_to_all_single": 8, "all_reduce": 1, "all_gather_into_tensor": 1}

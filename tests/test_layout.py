@@ -848,7 +848,6 @@ def _(x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 MIXING: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {
     # what is done in the middle of a block, and what of it is a product and must be computed whole
-    "mean over tokens": (lambda x: x + x.mean(1, keepdim=True), []),
     "variance over tokens and channels": (lambda x: x * x.var((1, 2), keepdim=True), []),
     "flip": (lambda x: x.flip(1), []),
     "cumsum": (lambda x: x.cumsum(1), []),

@@ -64,7 +64,7 @@ def test_a_broken_contract_names_the_pass_what_it_misses_and_what_ran(passes: li
 # The list
 
 AROUND = ["normalise", "static_lengths"], ["drop_masked_keys", "choose_kernels", "schedule", "dispatch_on_subclasses"]
-SHARDING = ["plan_layouts", "split_and_gather", "unified_attention", "lower"]
+SHARDING = ["compose_padding", "plan_layouts", "split_and_gather", "unified_attention", "lower"]
 MESHES: list[tuple[Mesh, list[str]]] = [
     (1, []),
     (2, SHARDING),
@@ -100,10 +100,10 @@ def test_the_order_with_a_first_block_cache(mesh: Mesh, cuts: list[str]) -> None
 @pytest.mark.parametrize(
     "order, words",
     [
-        ((0, 1, 3, 4, 5, 6, 2, 7, 8, 9, 10), ["'mark_blocks' cannot follow ['a rank', 'shards']"]),
-        ((0, 1, 3, 4, 2, 5, 6, 7, 8, 9, 10), ["'mark_blocks' cannot follow ['shards']"]),
-        ((0, 1, 3, 4, 5, 6, 7, 8, 9, 10), ["'first_block_cache' needs ['marked blocks']"]),
-        ((0, 2, 1, 3, 4, 5, 6, 7, 8, 9, 10), ["'mark_blocks' needs ['static lengths']"]),
+        ((0, 1, 3, 4, 5, 6, 7, 2, 8, 9, 10, 11), ["'mark_blocks' cannot follow ['a rank', 'shards']"]),
+        ((0, 1, 3, 4, 5, 2, 6, 7, 8, 9, 10, 11), ["'mark_blocks' cannot follow ['shards']"]),
+        ((0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11), ["'first_block_cache' needs ['marked blocks']"]),
+        ((0, 2, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11), ["'mark_blocks' needs ['static lengths']"]),
     ],
 )
 def test_the_passes_of_the_cache_in_any_other_order_are_refused(order: Sequence[int], words: list[str]) -> None:
@@ -118,11 +118,11 @@ def test_the_passes_of_the_cache_in_any_other_order_are_refused(order: Sequence[
     "change, words",
     [
         (lambda passes: passes[1:], ["'static_lengths'", "['functional ATen']", "nothing"]),
-        (lambda passes: passes[:1] + passes[2:], ["'plan_layouts'", "['static lengths']", "['functional ATen']"]),
-        (lambda passes: passes[:2] + passes[3:], ["'split_and_gather' needs ['plans']"]),
-        (lambda passes: passes[:4] + passes[3:], ["'split_and_gather' cannot follow ['shards']"]),
-        (lambda passes: passes[:4] + passes[5:], ["'lower' needs ['unified attention']"]),
-        (lambda passes: passes[:6] + passes[5:], ["'lower' cannot follow ['a rank']"]),
+        (lambda passes: passes[:1] + passes[2:], ["'compose_padding'", "['static lengths']", "['functional ATen']"]),
+        (lambda passes: passes[:3] + passes[4:], ["'split_and_gather' needs ['plans']"]),
+        (lambda passes: passes[:5] + passes[4:], ["'split_and_gather' cannot follow ['shards']"]),
+        (lambda passes: passes[:5] + passes[6:], ["'lower' needs ['unified attention']"]),
+        (lambda passes: passes[:7] + passes[6:], ["'lower' cannot follow ['a rank']"]),
         (lambda passes: passes[-1:], ["'dispatch_on_subclasses' needs"]),
         (lambda passes: passes[-2:], ["'schedule' needs"]),
     ],

@@ -273,6 +273,7 @@ sample(lambda s: call(r(2, s, 6), [1], keepdim=True), *(each for each in REDUCIN
 sample(lambda s: call(odd(2, s, 6), -1), *ONE_DIM)
 sample(lambda s: call(r(2, s, 6), dim=1, keepdim=True), *ONE_DIM, aten.aminmax.default)
 sample(lambda s: call(r(2, s, 6), []), aten.sum.dim_IntList, aten.amax.default)
+sample(lambda s: call(r(2, s, 6)), aten.sum.default, aten.mean.default)
 sample(lambda s: call(r(2, s)), aten.argmax.default, aten.linalg_vector_norm.default)
 sample(lambda s: call(r(2, s, 6), 2.0, -1), aten.linalg_norm.default)
 sample(

@@ -1,6 +1,6 @@
 """Decoding by one of several ranks: what it computes, holds and sends, and whether the picture is the same.
 
-    python examples/benchmarks/vae.py                                   # AutoencoderKL, 64 x 64 latents: about an hour
+    python examples/benchmarks/vae.py                                   # AutoencoderKL, 64 x 64 latents: half an hour
     python examples/benchmarks/vae.py --model AutoencoderKLWan
     python examples/benchmarks/vae.py --rows 16 --columns 16 --runs 1   # a few minutes
 
@@ -9,7 +9,7 @@ diffusers' own classes at their real widths, with random weights, in float32 on 
 what it computes. It takes turns with the whole decoder, which `--compiler` compiles as well, in one process; time is
 the processor's, of which other work on the machine takes less than of the clock's. "time over its share" is the time of
 a rank times the number of ranks over the whole's. Peak memory is what a run adds to its process, by the kernel's count
-(Linux).
+(Linux), in a process of its own in which freed memory goes back to the system at once.
 
 Pictures are compared with the untiled one: those of all ranks, run in one process with real exchanges, and diffusers'
 own tiled one, of half the side with its overlap of a quarter.
@@ -66,8 +66,11 @@ def build(arguments: argparse.Namespace) -> tuple[Any, Tensor]:
     return vae, draw(1, 16, *frames, arguments.rows, arguments.columns)
 
 
-def rank_beside_whole(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
-    """The times and peaks of the whole decoder and of one rank, which take turns."""
+Call = Callable[[], object]
+
+
+def whole_and_rank(arguments: argparse.Namespace, ranks: int) -> tuple[dict[str, Call], Any]:
+    """Calls of the whole decoder and of one rank, both compiled, and the report of the latter."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -77,23 +80,30 @@ def rank_beside_whole(arguments: argparse.Namespace, ranks: int) -> dict[str, An
     options = {"report": reports.append, "inputs": "trust", "compiler": arguments.compiler}
     whole = torch.compile(decoder_of(vae), backend=arguments.compiler, fullgraph=True, dynamic=False)
     rank = torch.compile(decoder_of(vae), backend="paracompile", fullgraph=True, dynamic=False, options=options)
-    seconds: dict[str, list[float]] = {"whole": [], "rank": []}
-    peaks = {}
-    with torch.no_grad():
-        for call in (whole, rank):
-            call(latents)
-        for name, call in (("whole", whole), ("rank", rank)):
-            peaks[name] = peak_growth(lambda call=call: call(latents))  # type: ignore[misc]
-        for number in range(arguments.runs):
-            for name, call in (("whole", whole), ("rank", rank))[:: 1 if number % 2 else -1]:
-                start = time.process_time()
-                call(latents)
-                seconds[name].append(time.process_time() - start)
+    calls: dict[str, Call] = {"whole": lambda: whole(latents), "rank": lambda: rank(latents)}
+    for call in calls.values():
+        call()
     (report,) = reports
+    return calls, report
+
+
+def peaks(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
+    """What the whole decoder and one rank add to the memory of the process."""
+    calls, _ = whole_and_rank(arguments, ranks)
+    return {name: peak_growth(call) for name, call in calls.items()}
+
+
+def times(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
+    """The times of the whole decoder and of one rank, which take turns, and what the rank's report says."""
+    calls, report = whole_and_rank(arguments, ranks)
+    seconds: dict[str, list[float]] = {"whole": [], "rank": []}
+    for number in range(arguments.runs):
+        for name in ("whole", "rank")[:: 1 if number % 2 else -1]:
+            start = time.process_time()
+            calls[name]()
+            seconds[name].append(time.process_time() - start)
     return {
-        "whole": statistics.median(seconds["whole"]),
-        "rank": statistics.median(seconds["rank"]),
-        "peaks": peaks,
+        **{name: statistics.median(each) for name, each in seconds.items()},
         "bytes": report.bytes_sent,
         "collectives": report.collectives,
         "work": report.flops_rank / report.flops_whole,
@@ -125,7 +135,7 @@ def pictures(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
     return {"differences": largest, "largest": float(expected.abs().max()), "tiled seconds": seconds}
 
 
-MEASURE = {"rank": rank_beside_whole, "pictures": pictures}
+MEASURE = {"times": times, "peaks": peaks, "pictures": pictures}
 
 
 def in_own_process(arguments: argparse.Namespace, what: str, ranks: int) -> dict[str, Any]:
@@ -133,8 +143,9 @@ def in_own_process(arguments: argparse.Namespace, what: str, ranks: int) -> dict
     for name in ("model", "rows", "columns", "runs", "compiler"):
         command += [f"--{name}", str(getattr(arguments, name))]
     command += ["--ranks", *map(str, arguments.ranks)]
-    # A fixed threshold: freed tensors go back to the system at once, and are not kept for the next run.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if what == "peaks":  # a fixed threshold: freed tensors go back to the system at once, which takes time
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -153,7 +164,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.one is not None:
-        print(json.dumps(MEASURE[arguments.one](arguments, arguments.of)))
+        with torch.no_grad():
+            print(json.dumps(MEASURE[arguments.one](arguments, arguments.of)))
         return
 
     versions = ", ".join(f"{name} {version(name)}" for name in ("paracompile", "torch", "diffusers"))
@@ -166,12 +178,12 @@ def main() -> None:
     print("|-------|------|---------------------|-------------|----------------|-----------|")
     wholes = []
     for ranks in arguments.ranks:
-        found = in_own_process(arguments, "rank", ranks)
+        found, peak_of = (in_own_process(arguments, what, ranks) for what in ("times", "peaks"))
         over = ranks * found["rank"] / found["whole"]
-        peak = found["peaks"]["rank"] / found["peaks"]["whole"]
+        peak = peak_of["rank"] / peak_of["whole"]
         sent = f"{found['bytes'] / 2**20:.1f} MiB"
         exchanges = sum(found["collectives"].values())
-        wholes.append((found["whole"], found["peaks"]["whole"]))
+        wholes.append((found["whole"], peak_of["whole"]))
         print(
             f"| {ranks:5} | {found['work']:3.0%} | {over:19.2f} | {peak:11.1%} | {sent:>14} | {exchanges:9} |",
             flush=True,

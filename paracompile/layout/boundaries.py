@@ -5,6 +5,8 @@ on every rank*. Leaving an operation whole costs the work that cutting it would 
 it must be whole costs one gather, however many readers it has; giving a rank its part of a whole value costs nothing,
 as every rank holds it. So token-wise work is cut as early as tokens exist, the gather is put where the value is
 narrowest, and a small attention (a text refiner's) is left whole where its exchange would take longer than its work.
+A sum over what is cut (of keys times values in linear attention, a mean over tokens) is taken over each rank's part and
+added up where its result is smaller than what would have to be gathered for it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import networkx as nx
 
 from paracompile.layout.factors import Place
 from paracompile.layout.graph import Operation, Value, bytes_of
-from paracompile.layout.places import Attention, Cut, accepts, exchanges
+from paracompile.layout.places import Attention, Cut, accepts, exchanges, made_in_parts
 
 # A main attention (or convolution, where images are cut) is one with at least this share of the heaviest one's work. It
 # is cut whatever the exchange costs: sharding it is what was asked for.
@@ -68,6 +70,11 @@ def bytes_exchanged(cuts: Mapping[Operation, Cut]) -> dict[Operation, int]:
     return found
 
 
+def bytes_summed(operation: Operation) -> int:
+    """The bytes that a rank exchanges, about, where ranks add up the results of their parts."""
+    return 2 * sum(map(bytes_of, operation.results))
+
+
 def choose(
     operations: Sequence[Operation],
     outputs: Sequence[Value],
@@ -109,7 +116,10 @@ def choose(
             continue
         network.add_edge(cut, number, capacity=_picoseconds(saved * works[number]))
         attention = attentions.get(operation)
-        if operation in work and work[operation] >= _MAIN * heaviest:
+        if cuts[operation].factor.sums:
+            seconds = machine.transfer(saved * bytes_summed(operation), model)
+            network.add_edge(number, whole, capacity=_picoseconds(seconds))
+        elif operation in work and work[operation] >= _MAIN * heaviest:
             network.add_edge(cut, number, capacity=float("inf"))
         elif exchanged is not None and operation in exchanged:
             seconds = machine.transfer(exchanged[operation], model)
@@ -119,12 +129,17 @@ def choose(
             seconds = sum(machine.transfer(bytes_of(value) / ranks, model) for value in moved)
             network.add_edge(number, whole, capacity=_picoseconds(seconds))
 
-    producers = {result: number for number, operation in enumerate(operations) for result in operation.results}
+    producers = {
+        result: number
+        for number, operation in enumerate(operations)
+        if operation in cuts
+        for result in made_in_parts(operation, cuts[operation])
+    }
 
     def read(value: Value, reader: int | str) -> None:
         """`reader` needs `value` whole if it is itself whole: one gather, shared by all such readers."""
         producer = producers.get(value)
-        if producer is None or operations[producer] not in cuts:
+        if producer is None:
             return
         gathered = ("gathered", producer, value.index)
         network.add_edge(producer, gathered, capacity=_picoseconds(machine.transfer(saved * bytes_of(value), model)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from paracompile.layout.boundaries import Machine, bytes_exchanged
+from paracompile.layout.boundaries import Machine, bytes_exchanged, bytes_summed
 from paracompile.layout.graph import Operation, bytes_of, is_tensor, value_of
 from paracompile.layout.plan import Plan
 
@@ -33,14 +33,16 @@ def cost_of(plan: Plan, flops: Callable[[Operation], int], ranks: int, machine: 
     model = machine.work(sum(work.values()))
     fullest = 0.0
     for operation, amount in work.items():
-        sharding = plan.result(operation.results[0]) if operation in plan.cuts else None
         part = 1.0
-        if sharding is not None:
-            part = max(map(sharding.local, range(ranks))) / max(1, sharding.place.length)
+        if operation in plan.cuts:
+            length = plan.cuts[operation].token.length
+            part = max(plan.shares.local((length,), rank) for rank in range(ranks)) / max(1, length)
         fullest += part * amount
     (output,) = plan.operations[0].node.graph.find_nodes(op="output")
     gathered = {value for _, value in plan.unmatched()}
     gathered |= {value for node in output.all_input_nodes if is_tensor(node) and plan.result(value := value_of(node))}
-    sizes = [*bytes_exchanged(plan.cuts).values(), *((ranks - 1) * bytes_of(value) // ranks for value in gathered)]
+    summed = [bytes_summed(operation) for operation, cut in plan.cuts.items() if cut.factor.sums]
+    sizes = [*bytes_exchanged(plan.cuts).values(), *summed]
+    sizes += [(ranks - 1) * bytes_of(value) // ranks for value in gathered]
     seconds = machine.work(round(fullest)) + sum(machine.transfer(size, model) for size in sizes)
     return Cost(fullest / max(1, sum(work.values())), sum(sizes), seconds)

@@ -2,8 +2,9 @@
 
 After XLA's Shardy (https://openxla.org/shardy/propagation): an operator is described by *factors*. In
 `linear: (*b, k), (j, k) -> (*b, j)` every `b` and `j` is a factor at whose positions the operator works
-independently, so it may be cut over ranks; `k` is summed and may not. A `Rule` lists the factors that may be cut, for
-concrete shapes; whatever it does not list is mixed, reduced or unknown, and is gathered before the operator runs.
+independently, so it may be cut over ranks; over `k` it sums, so that ranks may do so over their part of it and add up
+what they have. A `Rule` lists the factors that may be cut, for concrete shapes; whatever it does not list is mixed or
+unknown, and is gathered before the operator runs.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ class Factor:
         size: the number of positions.
         operands: for each tensor operand its span, or None where the factor is absent (broadcast, a weight): such an
             operand must be whole on every rank.
-        results: for each result its span. A factor that a result lacks would be a reduction, and is never listed.
+        results: for each result its span; none where it `sums`.
         halo: a position of the result needs the first operand's positions around it; the spans are then whole
             dimensions, and of different lengths where the operator pads or scales.
         reduces: all positions share moments (mean and variance), which the ranks put together.
+        sums: the result lacks this range, over which it is the sum or the mean; ranks add up those of their parts.
     """
 
     size: int
@@ -55,11 +57,12 @@ class Factor:
     results: tuple[Span, ...]
     halo: Halo | None = None
     reduces: bool = False
+    sums: bool = False
 
     @property
     def is_independent(self) -> bool:
         """Whether a rank needs nothing of the others."""
-        return self.halo is None and not self.reduces
+        return self.halo is None and not self.reduces and not self.sums
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ class Rule:
             (`Factor.halo`); for operators without such factors None.
         window_target: the overload that is called on a window, where it is another one (padding by a name becomes
             padding in numbers).
+        copies: whether the operator only copies what it reads, so that a rank may as well make its neighbours' edges.
     """
 
     factors: Callable[[Op], Sequence[Factor]]
@@ -133,6 +137,7 @@ class Rule:
     local_target: OpOverload[..., Any] | None = None
     on_window: Callable[[Op, Halo, Window], dict[str, Any]] | None = None
     window_target: OpOverload[..., Any] | None = None
+    copies: bool = False
 
 
 def whole(shape: Shape, dim: int) -> Span:

@@ -23,7 +23,7 @@ from typing import Literal
 
 __all__ = ["Halo", "Window"]
 
-Edge = Literal["filled", "clipped", "repeated", "mirrored"]
+Edge = Literal["filled", "padded", "clipped", "repeated", "mirrored"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Halo:
         size, size_out: its size in the operand and in the result.
         step, scale, low, high: as in the formula above.
         edge: what is read outside of the operand. "filled": `value`, put around the window before the operator is
-            called without padding of its own; "clipped": nothing; "repeated" and "mirrored": the operator pads with
-            the first and last position, or mirrors at them.
+            called without padding of its own; "padded": the operator itself pads with `value`; "clipped": nothing;
+            "repeated" and "mirrored": the operator pads with the first and last position, or mirrors at them.
     """
 
     dim: int
@@ -79,7 +79,7 @@ class Halo:
         first = (start * self.step + self.low) // self.scale
         end = ((stop - 1) * self.step + self.high) // self.scale + 1
         a, b = (min(max(edge, 0), self.size) for edge in (first, end))
-        if self.edge == "filled":
+        if self.edge in ("filled", "padded"):
             before, after = max(0, min(end, 0) - first), max(0, end - max(first, self.size))
             return Window(a, b, before, after, 0, stop - start)
         if self.edge == "clipped":

@@ -55,7 +55,7 @@ class Cut:
         factor: the factor that the tokens run along.
         token: their place in the factor.
         operands: the place each operand must have; None for one that must be whole.
-        results: the place each result has.
+        results: the place each result has; none where the ranks add up theirs.
         gathered: operands that are taken as if they were whole: cut anew, as this operation has them.
     """
 
@@ -140,7 +140,8 @@ def _factors(operation: Operation, seed: Seed) -> Sequence[Factor]:
     """The factors of an operation along which something may be cut that started at this seed."""
     if not isinstance(seed, Spatial):
         return [factor for factor in operation.factors if factor.is_independent]
-    return [factor for factor in operation.factors if factor.halo is not None or not _has_windows(factor)]
+    factors = [factor for factor in operation.factors if not factor.sums]
+    return [factor for factor in factors if factor.halo is not None or not _has_windows(factor)]
 
 
 def _has_windows(factor: Factor) -> bool:
@@ -192,6 +193,28 @@ def _lies_along(halo: Halo, size: int, place: Place) -> bool:
 
 def _place(place: Place, inner: int, before: int, size: int) -> Place:
     return Place(place.dim, place.length, 1, inner, before, size - before - place.length * inner)
+
+
+def made_in_parts(operation: Operation, cut: Cut) -> tuple[Value, ...]:
+    """The results that ranks hold in parts; none where they add them up."""
+    return () if cut.factor.sums else operation.results
+
+
+def sum_of(operation: Operation, places: Mapping[Value, Place]) -> Cut | None:
+    """How the operation is cut if each rank sums up its part of what it sums over; None where that is not cut."""
+    for factor in operation.factors if operation.results else ():
+        if not factor.sums:
+            continue
+        slots = [slot for slot, span in enumerate(factor.operands) if span and operation.operands[slot] in places]
+        for slot in slots:
+            span = factor.operands[slot]
+            token = within(places[operation.operands[slot]], span, factor.size) if span is not None else None
+            if token is None or token.has_margins:
+                continue
+            operands = tuple(_operand_place(token, span, factor.size) for span in factor.operands)
+            if all((place is None) == (span is None) for place, span in zip(operands, factor.operands, strict=True)):
+                return Cut(factor, token, operands, ())
+    return None
 
 
 def cut_of(

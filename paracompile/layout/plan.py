@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from paracompile.layout.boundaries import Machine, bytes_exchanged, choose
 from paracompile.layout.factors import Place, Rule, Shape
 from paracompile.layout.graph import Operation, Value, is_tensor, operations, value_of
-from paracompile.layout.places import Attention, Cut, Seed, Spatial, accepts, cut_of, exchanges, propagate
+from paracompile.layout.places import Attention, Cut, Seed, Spatial, accepts, cut_of, exchanges, propagate, sum_of
 from paracompile.layout.segments import Segments, find_segments
 from paracompile.layout.shares import Lengths, Shares
 
@@ -185,6 +185,10 @@ def make_plan(
         if (cut := cut_of(operation, places, attentions.get(operation), seed)) is not None
         and (beside is None or beside.leaves(operation.results, places))
     }
+    if seed != "batch":
+        for operation in all_operations:
+            if operation not in possible and (cut := sum_of(operation, places)) is not None:
+                possible[operation] = cut
     (output,) = graph.find_nodes(op="output")
     outputs = [value_of(node) for node in output.all_input_nodes if is_tensor(node)]
     misaligned: dict[Operation, None] = {}

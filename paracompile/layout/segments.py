@@ -18,7 +18,7 @@ from itertools import pairwise
 
 from paracompile.layout.factors import Factor, Place, Span
 from paracompile.layout.graph import Operation, Value, bytes_of, shape_of
-from paracompile.layout.places import Attention, Cut, accepts, exchanges
+from paracompile.layout.places import Attention, Cut, accepts, exchanges, made_in_parts
 from paracompile.layout.shares import Lengths, Shares
 
 _MOST_SEGMENTS = 64
@@ -70,7 +70,7 @@ def find_segments(
 ) -> Segments:
     """The segments of all values of the chosen operations, over so many ranks."""
     chosen = list(chosen)
-    made = {result for operation in chosen for result in operation.results}
+    made = {result for operation in chosen for result in made_in_parts(operation, cuts[operation])}
     refinement = _Refinement(ranks)
     misaligned: dict[Operation, Cut | None] = {}
     for operation in chosen:

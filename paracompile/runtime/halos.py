@@ -17,7 +17,7 @@ import torch
 
 from paracompile.runtime.collectives import Call, all_to_all
 
-__all__ = ["Fill", "Rows", "window_of"]
+__all__ = ["NO_FILL", "Fill", "Rows", "window_of"]
 
 aten = torch.ops.aten
 
@@ -32,6 +32,9 @@ class Fill:
     before: int = 0
     after: int = 0
     value: float = 0.0
+
+
+NO_FILL = Fill()
 
 
 def window_of(

@@ -1,18 +1,21 @@
-"""Products with sums: linear, matmul, einsum and their kin. The summed letter is no factor, every other one is."""
+"""Products with sums: linear, matmul, einsum and their kin.
+
+Every letter is a factor; the summed one where nothing is added to the product.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from paracompile.layout.factors import Factor, Op, Rule
-from paracompile.patterns.rules.labels import Labels, Table, equation, factors_of
+from paracompile.patterns.rules.labels import Labels, Table, equation, factors_of, product
 
 aten = torch.ops.aten
 
-_VECTOR_TIMES_VECTOR = equation("k,k->")
-_VECTOR_TIMES_MATRIX = equation("k,...kn->...n")
-_MATRIX_TIMES_VECTOR = equation("...mk,k->...m")
-_MATRIX_TIMES_MATRIX = equation("...mk,...kn->...mn")
+_VECTOR_TIMES_VECTOR = product("k,k->")
+_VECTOR_TIMES_MATRIX = product("k,...kn->...n")
+_MATRIX_TIMES_VECTOR = product("...mk,k->...m")
+_MATRIX_TIMES_MATRIX = product("...mk,...kn->...mn")
 
 
 def _matmul(op: Op) -> list[Factor]:
@@ -34,7 +37,7 @@ def _einsum(op: Op) -> list[Factor]:
         right = "..." * ("..." in left) + "".join(
             sorted(letter for letter in set(letters) if letters.count(letter) == 1)
         )
-    return equation(f"{left}->{right}")(op)
+    return product(f"{left}->{right}")(op)
 
 
 def _scaled_mm(op: Op) -> list[Factor]:
@@ -56,17 +59,17 @@ def _scaled_mm(op: Op) -> list[Factor]:
 RULES: Table = {
     aten.linear.default: Rule(_linear),
     aten.matmul.default: Rule(_matmul),
-    aten.mm.default: Rule(equation("mk,kn->mn")),
+    aten.mm.default: Rule(product("mk,kn->mn")),
     aten._int_mm.default: Rule(equation("mk,kn->mn")),
     aten._weight_int8pack_mm.default: Rule(equation("mk,nk,n->mn")),
     aten._scaled_mm.default: Rule(_scaled_mm),
-    aten.bmm.default: Rule(equation("bmk,bkn->bmn")),
+    aten.bmm.default: Rule(product("bmk,bkn->bmn")),
     aten.addmm.default: Rule(equation("mn,mk,kn->mn")),
     aten.baddbmm.default: Rule(equation("bmn,bmk,bkn->bmn")),
     aten.addbmm.default: Rule(equation("mn,bmk,bkn->mn")),
-    aten.mv.default: Rule(equation("mk,k->m")),
+    aten.mv.default: Rule(product("mk,k->m")),
     aten.addmv.default: Rule(equation("m,mk,k->m")),
-    aten.dot.default: Rule(equation("k,k->")),
+    aten.dot.default: Rule(product("k,k->")),
     aten.outer.default: Rule(equation("m,n->mn")),
     aten.ger.default: Rule(equation("m,n->mn")),
     aten.addr.default: Rule(equation("mn,m,n->mn")),

@@ -125,8 +125,8 @@ def on_pooled_window(spatial: int) -> Callable[[Op, Halo, Window], dict[str, Any
 
 
 def constant_padding(op: Op) -> list[Factor]:
-    value = op.arguments["value"] or 0.0
-    return _padding(op, op.arguments["pad"], "filled", value)
+    rank, pad = len(op.operands[0]), list(op.arguments["pad"])
+    return _padding(op, pad + [0] * (2 * rank - len(pad)), "padded", op.arguments["value"] or 0.0)
 
 
 def any_padding(op: Op) -> list[Factor]:
@@ -148,19 +148,19 @@ def _padding(op: Op, pad: Sequence[int], edge: Edge, value: float = 0.0) -> list
     factors = []
     for index in range(0, len(pad), 2):
         before, after = pad[index : index + 2]
-        if edge == "filled" or min(before, after) >= 0:
-            how = {"low": -before, "high": -before, "edge": edge, "value": value}
-            factors += along(op, rank - 1 - index // 2, **how)
+        if edge == "padded" or min(before, after) >= 0:
+            factors += along(op, rank - 1 - index // 2, low=-before, high=-before, edge=edge, value=value)
     return factors
 
 
 def on_padded_window(name: str) -> Callable[[Op, Halo, Window], dict[str, Any]]:
-    """The first and the last rank pad, and only as much as belongs to their part; what is filled is there already."""
+    """The first and the last rank pad, and only as much as belongs to their part."""
 
     def on_window(op: Op, halo: Halo, window: Window) -> dict[str, Any]:
         pad = list(op.arguments[name])
         index = 2 * (len(op.operands[0]) - 1 - halo.dim)
-        pad[index : index + 2] = [0, 0] if halo.edge == "filled" else [window.before, window.after]
+        pad += [0] * (index + 2 - len(pad))
+        pad[index : index + 2] = [window.before, window.after]
         return {name: pad}
 
     return on_window

@@ -45,6 +45,26 @@ def factors_of(op: Op, operands: Iterable[Labels], results: Iterable[Labels]) ->
     return factors
 
 
+def sums_of(op: Op, operands: Iterable[Labels], result: Labels) -> list[Factor]:
+    """The factors that the result lacks, of a product or a sum: it is the sum over their positions.
+
+    Only for operators that are linear in every operand, as what an operand adds would be added by each rank.
+    """
+    operands = list(operands)
+    factors: list[Factor] = []
+    if any(dtype.is_complex for dtype in op.dtypes):
+        return factors
+    for label in dict.fromkeys(label for labels in operands for label in labels):
+        if label is None or label in result or any(list(labels).count(label) > 1 for labels in operands):
+            continue
+        spans = [_place(label, labels, shape) for labels, shape in zip(operands, op.operands, strict=True)]
+        size = max(span.length for span in spans if span)
+        spans = [None if span and span.length == 1 else span for span in spans]
+        if size > 1 and all(span is None or span.length == size for span in spans):
+            factors.append(Factor(size, tuple(spans), (), sums=True))
+    return factors
+
+
 def _place(label: Label, labels: Labels, shape: Shape) -> Span | None:
     if len(labels) not in (0, len(shape)):
         raise ValueError(f"{len(labels)} labels for the shape {shape}")
@@ -95,6 +115,18 @@ def equation(text: str) -> Callable[[Op], list[Factor]]:
     def factors(op: Op) -> list[Factor]:
         operands = [_spell(term, shape) for term, shape in zip(left.split(","), op.operands, strict=False)]
         return factors_of(op, operands, [_spell(right, shape) for shape in op.results])
+
+    return factors
+
+
+def product(text: str) -> Callable[[Op], list[Factor]]:
+    """A product of all operands, in the same notation: letters that the result lacks are summed over."""
+    left, right = text.replace(" ", "").split("->")
+
+    def factors(op: Op) -> list[Factor]:
+        operands = [_spell(term, shape) for term, shape in zip(left.split(","), op.operands, strict=True)]
+        result = _spell(right, op.results[0])
+        return factors_of(op, operands, [result]) + sums_of(op, operands, result)
 
     return factors
 

@@ -23,6 +23,7 @@ from paracompile.patterns.rules.labels import (
     equation,
     factors_of,
     mixing,
+    sums_of,
 )
 
 aten = torch.ops.aten
@@ -46,6 +47,14 @@ def along(name: str) -> Rule:
 def last(count: int) -> Rule:
     """Mixes the last `count` dimensions."""
     return Rule(lambda op: spare(op, range(len(op.operands[0]))[-count:]))
+
+
+def _summed(op: Op) -> list[Factor]:
+    """Sums and means over some dimensions, or all of them."""
+    operand = op.operands[0]
+    dims = dims_of(op, "dim", len(operand))
+    labels = range(len(operand))
+    return spare(op, dims) + sums_of(op, [labels], [label for label in labels if label not in dims])
 
 
 def _normalised(op: Op) -> list[Factor]:
@@ -86,7 +95,7 @@ def _padded(factors: halos.Factors) -> Rule:
         rank, pad = len(op.operands[0]), op.arguments["pad"]
         return spare(op, [rank - 1 - index // 2 for index, width in enumerate(pad) if width != 0]) + factors(op)
 
-    return Rule(all_factors, on_window=halos.on_padded_window("pad"))
+    return Rule(all_factors, on_window=halos.on_padded_window("pad"), copies=True)
 
 
 def _transform(sizes: str) -> Rule:
@@ -121,9 +130,8 @@ def _paired(drop: bool) -> Callable[[Op], list[Factor]]:
     return factors
 
 
+_SUMS: list[Target] = [aten.mean.dim, aten.mean.default, aten.sum.dim_IntList, aten.sum.default]
 _REDUCTIONS: list[Target] = [
-    aten.mean.dim,
-    aten.sum.dim_IntList,
     aten.nansum.default,
     aten.nanmean.default,
     aten.prod.dim_int,
@@ -182,6 +190,7 @@ _SCANS: list[Target] = [
 ]
 
 RULES: Table = {
+    **dict.fromkeys(_SUMS, Rule(_summed)),
     **dict.fromkeys(_REDUCTIONS + _SCANS, along("dim")),
     **dict.fromkeys([aten.flip.default, aten.roll.default], along("dims")),
     **dict.fromkeys([aten.triu.default, aten.tril.default], last(2)),

@@ -106,7 +106,7 @@ def _grid_sampler(op: Op) -> list[Factor]:
 
 def _resized(spatial: int, factors: Callable[[int], halos.Factors]) -> Rule:
     mixed, scaled = last(spatial).factors, factors(spatial)
-    return Rule(lambda op: [*mixed(op), *scaled(op)], on_window=halos.on_resized_window)
+    return Rule(lambda op: [*mixed(op), *scaled(op)], on_window=halos.on_resized_window, copies=True)
 
 
 def _pool(spatial: int, outside: float) -> Rule:
@@ -116,7 +116,7 @@ def _pool(spatial: int, outside: float) -> Rule:
 
 def _edge_pad(spatial: int, edge: Edge) -> Rule:
     mixed, padded = last(spatial).factors, halos.edge_padding(edge)
-    return Rule(lambda op: [*mixed(op), *padded(op)], on_window=halos.on_padded_window("padding"))
+    return Rule(lambda op: [*mixed(op), *padded(op)], on_window=halos.on_padded_window("padding"), copies=True)
 
 
 _CONVOLUTION = Rule(lambda op: _convolution(op, False), on_window=halos.on_unpadded_window)

@@ -1,12 +1,8 @@
-"""Operations along a spatial dimension that is cut, for which a rank needs something of the others.
+"""Norms over positions that are cut: the ranks put the moments of their parts together.
 
     before                                        after, on rank r
-    y = conv2d(x, w, b, padding=[1, 1])           edges = all_to_all(x's first row up, its last row down)
-                                                  y = conv2d(cat([edge above, x, edge below]), w, b, padding=[0, 1])
     y = group_norm(x, 32, w, b)                   moments = all_gather(mean and variance of x, by group)
                                                   y = x * scale + shift, of the moments of all, w and b
-
-At the outer edges of the image there are the operator's own zeros (or mirrored rows, ...) instead of an edge row.
 
 Moments are merged as by Chan et al. (Updating formulae and a pairwise algorithm for computing sample variances, 1979):
 means and variances of parts, each about its own mean, never sums of squares, which cancel. They are gathered rather
@@ -16,85 +12,34 @@ than summed up, so that a single exchange is enough for that.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from math import prod
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from paracompile.layout.factors import Factor
-from paracompile.layout.graph import Operation, spelled
+from paracompile.layout.graph import Operation
 from paracompile.layout.plan import Sharding
 from paracompile.mesh import Axis
 from paracompile.passes.writer import GraphWriter
 from paracompile.runtime.collectives import all_gather
-from paracompile.runtime.halos import Fill, window_of
 
-__all__ = ["with_neighbours"]
+__all__ = ["with_shared_moments"]
 
 aten = torch.ops.aten
 
 
-def with_neighbours(
-    write: GraphWriter,
-    operation: Operation,
-    factor: Factor,
-    operands: Sequence[fx.Node],
-    held: Sharding | None,
-    result: Sharding,
-    axis: Axis,
+def with_shared_moments(
+    write: GraphWriter, operation: Operation, operands: Sequence[fx.Node], held: Sharding, axis: Axis
 ) -> fx.Node:
-    """Writes the operation on this rank's part.
+    """Writes a norm on this rank's part of what it takes the moments of, its first operand.
 
     args:
         operation: of whole sizes along `axis`, and already of this rank's along all others.
-        factor: the factor along which it is cut.
-        held: how the first operand is cut; None where every rank has all of it.
-        result: how the result is cut.
+        held: how the first operand is cut.
     """
-    if factor.halo is not None:
-        return _on_window(write, operation, factor, operands, held, result, axis)
     assert operation.op is not None
-    assert held is not None
     return _SHARED_MOMENTS[operation.op.target](write, operation, operands, held, axis)
-
-
-def _on_window(
-    write: GraphWriter,
-    operation: Operation,
-    factor: Factor,
-    operands: Sequence[fx.Node],
-    held: Sharding | None,
-    result: Sharding,
-    axis: Axis,
-) -> fx.Node:
-    op, rule, halo = operation.op, operation.rule, factor.halo
-    assert op is not None
-    assert rule is not None
-    assert rule.on_window is not None
-    assert halo is not None
-    ranks, dim = range(axis.size), halo.dim
-    windows = [halo.window(*result.bounds(rank)) for rank in ranks]
-    window, x = windows[axis.rank], operands[0]
-    held_by = [(0, halo.size) if held is None else held.bounds(rank) for rank in ranks]
-    wanted = [(other.start, other.stop) for other in windows]
-    if held is None:  # nothing is sent
-        wanted = [wanted[axis.rank] if rank == axis.rank else (0, 0) for rank in ranks]
-        held_by = [(0, halo.size) if rank == axis.rank else (0, 0) for rank in ranks]
-    fill = Fill(window.before, window.after, halo.value) if halo.edge == "filled" else Fill()
-    x = window_of(write, x, x.meta["val"].shape, dim, held_by, wanted, axis.rank, axis.group, fill)
-    if not window.count:
-        shape = list(result.local_shape(op.results[0], axis.rank))
-        like = operation.node.meta["val"]
-        return write(aten.new_empty.default, x, shape, dtype=like.dtype, device=like.device, pin_memory=False)
-    target = rule.window_target or op.target
-    there = replace(op, target=target, arguments={**op.arguments, **rule.on_window(op, halo, window)})
-    args, kwargs = spelled(replace(operation, op=there), [x, *operands[1:]])
-    made = write(target, *args, **kwargs)
-    if window.skip or made.meta["val"].shape[dim] != window.count:
-        made = write(aten.slice.Tensor, made, dim, window.skip, window.skip + window.count)
-    return made
 
 
 def _group_norm(
