@@ -32,7 +32,7 @@ from paracompile.recompiles import make_room
 from paracompile.report.dump import Dump
 from paracompile.report.report import NO_BLOCKS, Report, in_pieces, report_of, serves_nothing
 from paracompile.runtime.agreement import Agreement
-from paracompile.runtime.cached_call import graph_compiled
+from paracompile.runtime.cached_call import graph_compiled, graph_is_plain
 from paracompile.runtime.eight_bits import KINDS
 from paracompile.seen_again import seen_again, seen_again_as_captured
 from paracompile.thresholds import default_rdt
@@ -65,7 +65,8 @@ def paracompile(
         ranks = Ranks.from_mesh(chosen.mesh)
         facts["options"] = chosen.fingerprint()
         note_compiled(Compiled.of(captured.model, captured.weights, ranks))
-    graph_compiled([value for value in example_inputs if isinstance(value, nn.Parameter)], caches=chosen.caches)
+    parameters = [value for value in example_inputs if isinstance(value, nn.Parameter)]
+    graph_compiled(parameters, rdt=chosen.rdt)
     optional = ranks.is_single and not chosen.caches and chosen.kernel == "auto"
     dump = Dump(chosen.dump, captured.name, ranks.flat_rank)
     dump("captured", gm)
@@ -76,6 +77,8 @@ def paracompile(
     if found.why_a_piece is not None and not optional:
         warnings.warn(in_pieces(found.why_a_piece, ranks=ranks, caches=chosen.caches), stacklevel=2)
     if found.why_a_piece is not None and not ranks.is_single and not captured.may_be_shared():
+        if chosen.caches:
+            graph_is_plain(parameters)
         return _whole_on_every_rank(captured, chosen, ranks, found, agreement)
 
     lengths = None if chosen.shard_inputs else _lengths(gm, ranks, agreement)
@@ -99,8 +102,10 @@ def paracompile(
         program, compilation = compile_regions(local, chosen, {} if ranks.is_single else inductor_settings())
         compiled = verified(program, captured, found.ints) if chosen.verify else program
     make_room()
-    if chosen.caches and found.cache is None and found.why_a_piece is None:
-        warnings.warn(NO_BLOCKS, stacklevel=2)
+    if chosen.caches and found.cache is None:
+        graph_is_plain(parameters)
+        if found.why_a_piece is None:
+            warnings.warn(NO_BLOCKS, stacklevel=2)
     if chosen.kernel != "auto" and found.kernel_declined and not found.kernel_serves:
         warnings.warn(serves_nothing(found), stacklevel=2)
     if chosen.report is not None and report is not None:

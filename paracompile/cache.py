@@ -70,7 +70,8 @@ def cache_stats(model: nn.Module) -> CacheStats:
     Raises:
         OptionError: not a module, or one that was compiled without `rdt`.
     """
-    return stats_of(cache.history for cache in _caches(model))
+    caches = _caches(model)
+    return stats_of((cache.history for cache in caches), plain=sum(cache.plain for cache in caches))
 
 
 def _caches(model: nn.Module) -> list[ModelCache]:

@@ -224,10 +224,26 @@ def test_a_model_without_blocks_is_told() -> None:
     (note,) = report.notes
     assert "nothing of it is ever skipped" in note
     assert "no repeated blocks" in str(report)
-    assert str(cache_stats(model)) == "first block cache: no call yet"
+    assert cache_stats(model).plain == 1
+    said = "first block cache: graphs of the model without blocks to skip, whose calls are not counted: 1"
+    assert str(cache_stats(model)) == said
 
 
 def test_a_model_with_blocks_is_not() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         next(steps_of(compiled(build("wan")), prompts("wan")))
+
+
+def test_a_threshold_that_was_set_ends_where_the_model_is_compiled_with_another() -> None:
+    module, of = build("wan"), prompts("wan")
+    model = compiled(module)
+    set_rdt(model, 0)
+    generate(model, of, naming="paracompile")
+    assert cache_stats(model).hits == 0
+    larger = prompts("wan", batch=2)  # one more graph of the same options: what was set stays
+    generate(model, larger, naming="paracompile")
+    assert cache_stats(model).hits == 0
+    again = compiled(module, rdt=1e8)
+    generate(again, of, naming="paracompile")
+    assert cache_stats(again).hits > 0

@@ -34,9 +34,11 @@ class CacheStats:
 
     attributes:
         slots: the steps of each slot, in order.
+        plain: how many graphs of the model have nothing to skip, so that their calls are in no slot.
     """
 
     slots: Mapping[str, tuple[Step, ...]]
+    plain: int = 0
 
     @property
     def steps(self) -> int:
@@ -67,19 +69,19 @@ class CacheStats:
                     file.write(json.dumps(line) + "\n")
 
     def __str__(self) -> str:
+        said = f"graphs of the model without blocks to skip, whose calls are not counted: {self.plain}"
         if not self.slots:
-            return "first block cache: no call yet"
+            return f"first block cache: {said if self.plain else 'no call yet'}"
         rows = [("slot", "steps", "hits", "difference of each step (* hit)")]
         for name, steps in self.slots.items():
             marks = [("-" if step.difference is None else f"{step.difference:.3f}") + "*" * step.hit for step in steps]
             rows.append((name, str(len(steps)), str(sum(step.hit for step in steps)), " ".join(marks)))
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        return "\n".join(
-            f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}" for row in rows
-        )
+        lines = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}" for row in rows]
+        return "\n".join([*lines, said] if self.plain else lines)
 
 
-def stats_of(histories: Iterable[History]) -> CacheStats:
+def stats_of(histories: Iterable[History], *, plain: int = 0) -> CacheStats:
     """Reads records; waits for the device. Slots of several graphs that are called the same are numbered."""
     slots: dict[str, tuple[Step, ...]] = {}
     for history in histories:
@@ -87,7 +89,7 @@ def stats_of(histories: Iterable[History]) -> CacheStats:
             numbered = (f"{title} ({number})" for number in count(1))
             name = title if title not in slots else next(name for name in numbered if name not in slots)
             slots[name] = steps
-    return CacheStats(slots)
+    return CacheStats(slots, plain)
 
 
 def _present(history: History) -> list[tuple[str, tuple[Step, ...]]]:

@@ -21,7 +21,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 from paracompile.runtime.history import History
 from paracompile.runtime.slots import UNKNOWN, Call, CallSigns, Generation, current_generation, current_name
 
-__all__ = ["CachedCall", "Held", "ModelCache", "StateLike", "caches_of", "forget_all", "graph_compiled", "held_in"]
+__all__ = [
+    "CachedCall",
+    "Held",
+    "ModelCache",
+    "StateLike",
+    "caches_of",
+    "forget_all",
+    "graph_compiled",
+    "graph_is_plain",
+    "held_in",
+]
 
 _MOST_SLOTS = 8  # of calls of one name, or of none
 
@@ -111,14 +121,18 @@ class ModelCache:
     attributes:
         threshold: what `set_rdt` said; None: what the options said.
         history: of the generation that was called last.
+        asked: the `rdt` that its last graph was compiled with.
         caches: whether any graph of the model was compiled with a cache; None: none was compiled yet.
+        plain: how many graphs were to have one, and have nothing that it could skip.
         judged: whether a generation was looked at for steps that can be skipped.
         held: by generation.
     """
 
     threshold: float | None = None
     history: History = field(default_factory=History)
+    asked: object = None
     caches: bool | None = None
+    plain: int = 0
     judged: bool = False
     held: weakref.WeakKeyDictionary[Generation, Held] = field(default_factory=weakref.WeakKeyDictionary)
 
@@ -164,16 +178,28 @@ def caches_of(parameters: Iterable[Tensor], *, make: bool = True) -> list[ModelC
     return list(found.values()) or [first]
 
 
-def graph_compiled(parameters: Sequence[Tensor], *, caches: bool) -> None:
-    """Notes whether the graph of a model with these parameters has a cache."""
+def graph_compiled(parameters: Sequence[Tensor], *, rdt: object) -> None:
+    """Notes which threshold a graph of the model with these parameters is compiled with, if any.
+
+    Where that is another one than before, the user compiled the model again, and what `set_rdt` said is over.
+    """
     for known in caches_of(parameters) if parameters else []:
-        known.caches = known.caches or caches
+        if known.asked is not None and rdt is not None and rdt != known.asked:
+            known.threshold = None
+        known.asked = known.asked if rdt is None else rdt
+        known.caches = known.caches or bool(rdt)
         if known.threshold is not None and not known.caches:
             warnings.warn(
                 "paracompile: set_rdt was called for a model that is now compiled without a first block cache: it has "
                 'no effect. Give torch.compile "rdt" among its options.',
                 stacklevel=2,
             )
+
+
+def graph_is_plain(parameters: Sequence[Tensor]) -> None:
+    """Notes that a graph of the model with these parameters has nothing to skip."""
+    for known in caches_of(parameters)[:1] if parameters else []:
+        known.plain += 1
 
 
 def held_in(generation: Generation) -> list[tuple[ModelCache, Held]]:
