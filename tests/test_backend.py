@@ -280,6 +280,7 @@ def test_dump_on_one_rank(model: type[nn.Module], tmp_path: Path) -> None:
 PASSES = (
     "normalise",
     "static_lengths",
+    "compose_padding",
     "plan_layouts",
     "split_and_gather",
     "unified_attention",

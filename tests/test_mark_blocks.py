@@ -400,7 +400,7 @@ def test_marking_comes_before_the_cut_and_skipping_after_it() -> None:
     names = [step.name for step in pipeline(ranks, cache=CachePasses())]
     assert names == [
         *("normalise", "static_lengths", "mark_blocks"),
-        *("plan_layouts", "split_and_gather", "unified_attention", "lower"),
+        *("compose_padding", "plan_layouts", "split_and_gather", "unified_attention", "lower"),
         *("drop_masked_keys", "choose_kernels", "first_block_cache", "schedule", "dispatch_on_subclasses"),
     ]
     assert count(cached(denoiser()).graphs[0])["cond"] == 1

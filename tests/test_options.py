@@ -97,7 +97,7 @@ def test_taken(given: dict[str, Any]) -> None:
         (
             {"zzz": 1},
             "zzz",
-            ["Options: mesh, inputs, rdt, ", "drop_masked_keys, attention, regions"],
+            ["Options: mesh, inputs, rdt, ", "drop_masked_keys, attention, "],
         ),
         ("mesh", "options", ["dict"]),
     ],
