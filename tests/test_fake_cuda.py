@@ -79,7 +79,7 @@ def test_graphs_at_real_size(model: str, library: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [pytest.param(name, marks=[] if name == "flux" else pytest.mark.full) for name in ATTENTIONS]
+    "model", [pytest.param(name, marks=[] if name == "wan" else pytest.mark.full) for name in ATTENTIONS]
 )
 def test_the_code_for_a_gpu_keeps_the_order_of_exchanges(model: str, library: Path) -> None:
     """No exchange starts later, and none is awaited earlier, than in the graph, in which `early_waits` are none."""

@@ -23,10 +23,12 @@ __all__ = ["newest_flash"]
 
 @dataclass(frozen=True)
 class _Implementation:
-    """attributes:
-    name: PyTorch's name for it.
-    package: the module whose presence tells that it is installed.
-    capabilities: the major compute capabilities that it has kernels for.
+    """One that PyTorch can be given.
+
+    attributes:
+        name: PyTorch's name for it.
+        package: the module whose presence tells that it is installed.
+        capabilities: the major compute capabilities that it has kernels for.
     """
 
     name: str

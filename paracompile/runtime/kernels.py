@@ -58,15 +58,7 @@ def attention_with_lse(
 
 
 @attention_with_lse.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    offset: Tensor | None,
-    scale: float | None,
-    by: str = "auto",
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, *how: Any, **more: Any) -> tuple[Tensor, Tensor]:
     shape = _result_shape(query, key, value)
     return tokens_outermost(query.new_empty(shape)), query.new_empty(shape[:-1], dtype=precise(query.dtype))
 
@@ -80,7 +72,7 @@ def attention_by(
 
 
 @attention_by.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, kernel: str) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, *how: Any, **more: Any) -> Tensor:
     return tokens_outermost(query.new_empty(_result_shape(query, key, value)))
 
 
@@ -232,8 +224,11 @@ def _flex(
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Any]:
-    """Flex attention is a kernel only where it is compiled; by itself, as this runs behind the graph's operator."""
-    return torch.compile(flex_attention, dynamic=False)
+    """Flex attention is a kernel only where it is compiled; by itself, as this runs behind the graph's operator.
+
+    Where Dynamo gives up after too many sizes, `fullgraph` makes that an error: uncompiled it writes out all scores.
+    """
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def _by_function(

@@ -8,6 +8,7 @@ kernel on those alone, with no mask. Lengths are data: one compiled graph serves
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,16 +77,7 @@ def attention_to_visible(
 
 
 @attention_to_visible.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    order: Tensor,
-    windows: Tensor,
-    scale: float | None,
-    enable_gqa: bool,
-    by: str = "auto",
-) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, *how: Any, **more: Any) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
@@ -109,15 +101,7 @@ def attention_with_lse_to_visible(
 
 
 @attention_with_lse_to_visible.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    order: Tensor,
-    windows: Tensor,
-    scale: float | None,
-    by: str = "auto",
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, *how: Any, **more: Any) -> tuple[Tensor, Tensor]:
     shape = (*query.shape[:-1], value.shape[-1])
     return tokens_outermost(query.new_empty(shape)), query.new_empty(shape[:-1], dtype=precise(query.dtype))
 
