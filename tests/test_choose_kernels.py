@@ -212,6 +212,15 @@ def test_as_an_option(compiler: str) -> None:
     assert own.calls == sum(1 if hit else report.kernel_serves for hit in hits)
 
 
+def test_flex_attention_as_an_option() -> None:
+    """Under Inductor, whose first call runs operators where Dynamo may not do all that it does elsewhere."""
+    of = as_used.build("flux")
+    expected, hits = as_used.steps(of, {}, compiler="eager")
+    found, found_hits = as_used.steps(of, {"attention": "flex"})
+    assert found_hits == hits
+    assert as_used.largest_difference(found, expected) < 5e-5
+
+
 def test_what_serves_nothing_is_a_warning() -> None:
     model, inputs = FAMILIES["flux"].build(batch=1)
     with torch.no_grad():

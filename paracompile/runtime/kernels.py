@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
-from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from paracompile.runtime.functions import FUNCTIONS
 
@@ -215,11 +215,25 @@ def _flex(
             return score + bias[row, head, of, to]
 
     tells = query.device.type != "cpu"  # Inductor's kernel for the CPU does not
-    made = _compiled_flex()(
-        query, key, value, score_mod=biased, scale=scale, return_aux=AuxRequest(lse=True) if tells else None
-    )
+    block = _one_block(query.shape[-2], key.shape[-2], query.device)
+    aux = AuxRequest(lse=True) if tells else None
+    made = _compiled_flex()(query, key, value, score_mod=biased, block_mask=block, scale=scale, return_aux=aux)
     result, lse = (made[0], made[1].lse) if tells else (made, query.new_full(query.shape[:-1], math.nan))
     return result, lse.to(precise(query.dtype))
+
+
+@functools.cache
+def _one_block(queries: int, keys: int, device: torch.device) -> BlockMask:
+    """All scores in one block, which flex attention would make by `vmap` else: not to be had in a graph's first call."""
+    with torch.inference_mode(False):
+        ones = torch.ones(1, 1, 1, dtype=torch.int32, device=device)
+        return BlockMask.from_kv_blocks(
+            ones,
+            torch.zeros_like(ones)[..., None],
+            BLOCK_SIZE=2**30,
+            seq_lengths=(queries, keys),
+            compute_q_blocks=False,
+        )
 
 
 @functools.cache
