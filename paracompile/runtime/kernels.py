@@ -224,7 +224,7 @@ def _flex(
 
 @functools.cache
 def _one_block(queries: int, keys: int, device: torch.device) -> BlockMask:
-    """All scores in one block, which flex attention would make by `vmap` else: not to be had in a graph's first call."""
+    """All scores in one block. Flex attention would make it by `vmap`, which a graph's first call does not bear."""
     with torch.inference_mode(False):
         ones = torch.ones(1, 1, 1, dtype=torch.int32, device=device)
         return BlockMask.from_kv_blocks(
