@@ -185,8 +185,10 @@ def _rewritten(
         regions=options.regions,
     )
     # In Dynamo's own mode Inductor looks for the symbols of all numbers in each region, and makes constants of them.
-    own = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    with tracing(TracingContext(own)):
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    if captured.has_open_sizes:  # which are guarded there
+        mode = TracingContext.get().fake_mode
+    with tracing(TracingContext(mode)):
         local = run_passes(captured.gm, captured.example_inputs, passes, after=after)
     return local, reports[-1] if reports else None
 

@@ -16,6 +16,7 @@ from torch import fx
 
 from paracompile.captured import Captured
 from paracompile.errors import source_line
+from paracompile.layout.sizes import free_symbols_of, sizes_of
 from paracompile.mesh import Ranks
 from paracompile.options import Options
 from paracompile.passes import CacheLayout, Found
@@ -69,7 +70,7 @@ def as_called(
     return CachedCall(
         run,
         prepare=prepare,
-        like=_state_like(cache),
+        like=_state_like(cache, captured),
         threshold=threshold,
         plan=plan,
         static=tuple(captured.static),
@@ -129,9 +130,10 @@ def verified(run: Callable[..., Any], captured: Captured, ints: frozenset[int]) 
     )
 
 
-def _state_like(cache: CacheLayout) -> StateLike:
-    record, *state = ((tuple(like.shape), like.dtype, like.device) for like in (cache.record, *cache.state))
-    return StateLike(record, tuple(state))
+def _state_like(cache: CacheLayout, captured: Captured) -> StateLike:
+    record, *state = ((sizes_of(like), like.dtype, like.device) for like in (cache.record, *cache.state))
+    symbols = free_symbols_of(cache.state)
+    return StateLike(record, tuple(state), {symbol: captured.symbols[symbol] for symbol in symbols})
 
 
 def _signs(cache: CacheLayout) -> CallSigns:

@@ -12,6 +12,7 @@ from traceback import FrameSummary
 from types import FrameType
 from typing import Any, cast
 
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.errors import GraphError, OptionError, ParacompileError
 from paracompile.layout.graph import is_static
+from paracompile.layout.sizes import is_symbol
 from paracompile.patterns.blocks import find_blocks
 from paracompile.patterns.convolutions import overlaps
 from paracompile.patterns.numbers import Numbers, find_numbers
@@ -62,6 +64,18 @@ class Captured:
     def changing(self) -> dict[int, fx.Node]:
         """All other inputs, by their place."""
         return {index: node for index, node in enumerate(self.placeholders) if not is_static(node)}
+
+    @property
+    def symbols(self) -> dict[sympy.Symbol, int]:
+        """The sizes that may be others in the next call, with the place of each among the inputs."""
+        values = (node.meta.get("example_value") for node in self.placeholders)
+        return {value.node.expr: place for place, value in enumerate(values) if is_symbol(value)}
+
+    @property
+    def has_open_sizes(self) -> bool:
+        """Whether a tensor among the inputs has a size that may be another one in the next call."""
+        values = (node.meta.get("example_value") for node in self.placeholders)
+        return any(free_symbols(value) for value in values if isinstance(value, torch.Tensor))
 
     @property
     def weights(self) -> list[Any]:
@@ -125,18 +139,11 @@ class Captured:
         return find_numbers(self.gm.graph)
 
     def may_be_constant(self) -> bool:
-        """Whether the passes, which take sizes for constants and know no gradients, may have the graph.
+        """Whether the passes, which know no gradients, may have the graph.
 
-        Sizes that Dynamo made symbols of because a second one was met may become numbers again: another size is
-        compiled in regions sooner than one graph for all sizes in one piece. Symbols in the first compile were asked
-        for (`dynamic=True`); a number that is no size may change at each step, and some can only be constants.
+        A number that is no size may change at each step, and some can only be constants.
         """
-        if self.wants_gradients() or self.numbers.constants:
-            return False
-        values = [node.meta.get("example_value") for node in self.placeholders]
-        identity = CompileContext.current_compile_id()
-        asked_for = identity is None or identity.frame_compile_id == 0
-        return not (asked_for and any(free_symbols(value) for value in values if isinstance(value, torch.Tensor)))
+        return not (self.wants_gradients() or self.numbers.constants)
 
     # What it is of
 

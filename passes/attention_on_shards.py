@@ -25,6 +25,7 @@ from paracompile.layout.graph import is_tensor, node_of, operations, shape_of
 from paracompile.layout.places import Attention
 from paracompile.layout.plan import Sharding
 from paracompile.layout.shares import Shares
+from paracompile.layout.sizes import sizes_of
 from paracompile.mesh import Axis, Ranks
 from paracompile.passes.found import Found
 from paracompile.passes.lower_attention import AttentionOnTokens, UnifiedAttention
@@ -125,7 +126,7 @@ def attention_on_shards(
 
 def _whole_mask(write: GraphWriter, axis: Axis, mask: fx.Node, queries: Sharding, keys: Sharding) -> fx.Node:
     """A mask of (..., queries, keys), gathered along the one of the two that it has."""
-    shape = tuple(mask.meta["val"].shape)
+    shape = sizes_of(mask.meta["val"])
     for dim, tokens in ((-2, queries), (-1, keys)):
         if len(shape) + dim >= 0 and shape[dim] > 1:
             place = Place(len(shape) + dim, tokens.place.length)

@@ -243,7 +243,7 @@ class Decision:
         Only where the host knows that a step was made since the last call may all of them stand still.
         """
         write = self.write
-        count = times.meta["val"].numel()
+        count = count_of(times)
         last = write(aten.slice.Tensor, self.record, 0, Record.TIMES, Record.TIMES + count)
         before = write(aten.slice.Tensor, self.record, 0, Record.TIMES + count, Record.TIMES + 2 * count)
         step = write(aten.sign.default, write(aten.sub.Tensor, times, last))
@@ -257,7 +257,7 @@ class Decision:
     def _habits(self, inputs: Sequence[fx.Node], free: int) -> Habits | None:
         if not inputs:
             return None
-        start = Record.habits(0 if self.times is None else self.times.meta["val"].numel())
+        start = Record.habits(0 if self.times is None else count_of(self.times))
         last = self.write(aten.slice.Tensor, self.record, 0, start, start + NUMBERS * len(inputs))
         return Habits(self.write, last, inputs, free=free, device=self._device)
 
@@ -286,6 +286,11 @@ class Decision:
         drift = write(aten.where.self, hit, self.drift, write(aten.zeros_like.default, hits))
         numbers = [ratio, hits, streak, computed, steps, as_float(write, clock.reusable), drift]
         return write(aten.cat.default, [write(aten.stack.default, numbers), *clock.remembered])
+
+
+def count_of(times: fx.Node) -> int:
+    """How many numbers a time holds: rows of the batch, which the record has a place for each of."""
+    return int(times.meta["val"].numel())
 
 
 def sign_of(write: GraphWriter, watched: Sequence[fx.Node], rules: CacheRules) -> fx.Node:

@@ -22,6 +22,7 @@ from torch._guards import detect_fake_mode
 
 import paracompile.runtime.visible  # noqa: F401  (registers the operators)
 from paracompile.layout.graph import is_tensor, named_arguments
+from paracompile.layout.sizes import sizes_of
 from paracompile.passes.found import Found
 from paracompile.passes.writer import GraphWriter, in_type
 
@@ -81,7 +82,7 @@ def hides_keys_only(node: fx.Node) -> bool:
     if not _is_node(mask) or any(arguments.get(name) for name in ("is_causal", "dropout_p", "offset")):
         return False
     values = mask.meta["val"]
-    query, key, value = (arguments[name].meta["val"].shape for name in ("query", "key", "value"))
+    query, key, value = (sizes_of(arguments[name].meta["val"]) for name in ("query", "key", "value"))
     return bool(
         values.dtype is torch.bool
         and len(query) == values.dim() == 4
@@ -152,23 +153,23 @@ def _parts(masks: Mapping[fx.Node, fx.Node], first_alike: Mapping[fx.Node, fx.No
     """What the mask of each attention is a part of, where such parts make up a whole, as those of a ring's steps do."""
     parts = {}
     for node, mask in masks.items():
-        parts[node] = _Part(0, mask.meta["val"].shape[-1], mask)
+        parts[node] = _Part(0, sizes_of(mask.meta["val"])[-1], mask)
         if mask.target is aten.slice.Tensor and mask.args[1] in (-1, 3) and len(mask.args) == 4:
             whole, _, start, stop = mask.args
             parts[node] = _Part(cast(int, start), cast(int, stop), first_alike[cast(fx.Node, whole)])
     for whole in {part.of for part in parts.values()}:
         edges = sorted({part[:2] for part in parts.values() if part.of is whole})
-        length = whole.meta["val"].shape[-1]
+        length = sizes_of(whole.meta["val"])[-1]
         starts, stops = [0, *(stop for _, stop in edges)], [*(start for start, _ in edges), length]
         if starts != stops:
             own = {node: mask for node, mask in masks.items() if parts[node].of is whole}
-            parts |= {node: _Part(0, mask.meta["val"].shape[-1], mask) for node, mask in own.items()}
+            parts |= {node: _Part(0, sizes_of(mask.meta["val"])[-1], mask) for node, mask in own.items()}
     return parts
 
 
 def _visible(write: GraphWriter, mask: fx.Node, parts: Sequence[_Part]) -> dict[_Part, tuple[fx.Node, fx.Node]]:
     """`visible_keys` of parts of a mask of shape (batch or 1, 1, 1, keys), written in order behind it."""
-    shape = mask.meta["val"].shape
+    shape = sizes_of(mask.meta["val"])
     inputs = write.graph.find_nodes(op="placeholder")
     with write.graph.inserting_after(inputs[-1] if mask in inputs else mask):
         last = write(aten.reshape.default, mask, [shape[0], shape[3]])

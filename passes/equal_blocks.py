@@ -58,10 +58,6 @@ class Folded:
     bodies: Mapping[str, fx.GraphModule]
     members: Sequence[tuple[fx.Node, ...]]
 
-    def examples(self, name: str) -> list[Any]:
-        """What a body is traced with."""
-        return [node.meta["example_value"] for node in self.bodies[name].graph.find_nodes(op="placeholder")]
-
 
 def fold_equal_blocks(gm: fx.GraphModule) -> Folded | None:
     """Puts stand-ins in the place of blocks that have an equal; None if there are none. `gm` is not touched."""
@@ -83,7 +79,7 @@ def fold_equal_blocks(gm: fx.GraphModule) -> Folded | None:
     outer: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         outer[node] = graph.node_copy(node)
-    like = {name: [graph.placeholder(f"like_{name}_{place}") for place in range(len(likes[name]))] for name in likes}
+    like = {name: [_given(graph, f"like_{name}_{place}", x) for place, x in enumerate(likes[name])] for name in likes}
     starts = {body.nodes[0]: body for body in repeated}
     inside = {node for body in repeated for node in body.nodes}
     for node in gm.graph.nodes:
@@ -162,13 +158,18 @@ def _as_graph(body: Body) -> fx.GraphModule:
     graph = fx.Graph()
     inner: dict[fx.Node, fx.Node] = {}
     for node in body.inputs:
-        inner[node] = graph.placeholder(node.name)
-        inner[node].meta["example_value"] = node.meta["example_value"]
+        inner[node] = _given(graph, node.name, node.meta["example_value"])
     for number, node in enumerate(body.nodes):
         inner[node] = graph.node_copy(node, inner.__getitem__)
         inner[node].meta = {"stack_trace": str(number)}  # tracing hands it on, see `_provenance`
     graph.output(tuple(inner[node] for node in body.outputs))
     return fx.GraphModule(nn.Module(), graph)
+
+
+def _given(graph: fx.Graph, name: str, example: Tensor) -> fx.Node:
+    node = graph.placeholder(name)
+    node.meta["example_value"] = example
+    return node
 
 
 def _provenance(members: Sequence[fx.Node], node: fx.Node) -> dict[str, Any]:

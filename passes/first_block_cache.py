@@ -38,6 +38,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from paracompile.errors import GraphError
 from paracompile.layout.graph import is_tensor, readers_of
+from paracompile.layout.sizes import sizes_of, symbols_in
 from paracompile.mesh import Ranks
 from paracompile.passes.cache_decision import (
     CacheRules,
@@ -45,6 +46,7 @@ from paracompile.passes.cache_decision import (
     Control,
     Decision,
     Record,
+    count_of,
     sign_of,
     sum_of_sizes,
 )
@@ -243,16 +245,16 @@ class _Writer:
     # The graph's inputs and outputs
 
     def _add_inputs(self, before: fx.Node, kept: list[_Kept]) -> CacheLayout:
-        shape = list(before.meta["val"].shape)
+        shape = list(sizes_of(before.meta["val"]))
         shape[-1] = -(-shape[-1] // self.rules.downsample_factor)
         sample = before.meta["val"]
         with self.fake_mode, torch.inference_mode(False):
-            like = [torch.empty(shape, dtype=sample.dtype, device=sample.device)]
+            like = [torch.empty(symbols_in(shape), dtype=sample.dtype, device=sample.device)]
             for value in kept:
                 made = value.leave.meta["val"]
                 count = self.rules.taylor_order + 1 if value.enter is not None else 1
                 like += [torch.empty(made.shape, dtype=made.dtype, device=made.device) for _ in range(count)]
-            times = sum(self._placeholder(index).meta["val"].numel() for index in self.skipped.times)
+            times = sum(count_of(self._placeholder(index)) for index in self.skipped.times)
             length = Record.length(times, len(self.skipped.inputs))
             record = torch.empty(length, dtype=torch.float32, device=sample.device)
             control = torch.empty(Control.length(self.rules), dtype=torch.float32, device=sample.device)

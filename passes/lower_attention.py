@@ -25,6 +25,7 @@ import paracompile.runtime.kernels  # noqa: F401  (registers attention_with_lse)
 from paracompile.errors import GraphError
 from paracompile.layout.plan import Sharding
 from paracompile.layout.shares import Shares
+from paracompile.layout.sizes import sizes_of
 from paracompile.mesh import Ranks
 from paracompile.passes.tokens import in_order_of_arrival
 from paracompile.passes.writer import GraphWriter
@@ -116,7 +117,7 @@ class UnifiedAttention:
         if self.eight_bits is None or exchange.ranks == 1:
             return way(write, node, value.shape, exchange)
         carried = packed(write, node, self.eight_bits)
-        arrived = way(write, carried, carried.meta["val"].shape, exchange)
+        arrived = way(write, carried, sizes_of(carried.meta["val"]), exchange)
         back: fx.Node = unpacked(write, arrived, value.shape[-1], self.eight_bits, value.dtype)
         return back
 
@@ -141,7 +142,7 @@ class UnifiedAttention:
         """Each rank's heads of all three side by side, sent as heads of one tensor, and taken apart again."""
         heads = [self._shares(attention, _heads(part)) for part in parts]
         own = [of_part[self.ranks.ulysses.rank] for of_part in heads]
-        *batch, _, tokens, size = parts[0].meta["val"].shape
+        *batch, _, tokens, size = sizes_of(parts[0].meta["val"])
         if all(len(set(of_part)) == 1 for of_part in heads):
             ranks = self.ranks.ulysses.size
             split = [
@@ -171,7 +172,7 @@ class UnifiedAttention:
     def _local(
         self, write: GraphWriter, attention: AttentionOnTokens, received: Received, mask: fx.Node | None
     ) -> fx.Node:
-        query, key, _ = (operand.meta["val"].shape for operand in received)
+        query, key, _ = (sizes_of(operand.meta["val"]) for operand in received)
         if 0 in query:  # a rank without heads or tokens: PyTorch's kernels need not bear that (2.11's for the CPU dies)
             empty = write(torch.ops.paracompile.attention_with_lse.default, *received, mask, None, attention.scale)
             return write(operator.getitem, empty, 0)
@@ -190,8 +191,8 @@ class UnifiedAttention:
     ) -> fx.Node:
         query, key, value = received
         ring = Ring(self.ranks.ring.group, self.ranks.ring.rank, self._tokens_of_rings(attention.keys))
-        if mask is not None and mask.meta["val"].shape[-1] == 1:  # one column for all keys: a ring takes it apart
-            mask = write(aten.expand.default, mask, [*mask.meta["val"].shape[:-1], sum(ring.tokens)])
+        if mask is not None and sizes_of(mask.meta["val"])[-1] == 1:  # one column for all keys: a ring takes it apart
+            mask = write(aten.expand.default, mask, [*sizes_of(mask.meta["val"])[:-1], sum(ring.tokens)])
         offset = None
         if mask is not None and mask.meta["val"].dtype is not torch.bool:
             largest = write(aten.amax.default, mask, [-1], True)
@@ -203,8 +204,8 @@ class UnifiedAttention:
             value,
             mask,
             offset,
-            key_shape=key.meta["val"].shape,
-            value_shape=value.meta["val"].shape,
+            key_shape=sizes_of(key.meta["val"]),
+            value_shape=sizes_of(value.meta["val"]),
             dtype=query.meta["val"].dtype,
             scale=attention.scale,
             ring=ring,
@@ -257,7 +258,7 @@ class UnifiedAttention:
     def _arranged(
         self, write: GraphWriter, mask: fx.Node, queries: Sharding, keys: Sharding, heads: tuple[int, ...]
     ) -> fx.Node:
-        shape = mask.meta["val"].shape
+        shape = sizes_of(mask.meta["val"])
         for dim, sharding in ((len(shape) - 2, queries), (len(shape) - 1, keys)):
             if shape[dim] > 1:
                 mask = in_order_of_arrival(write, mask, dim, sharding.segments, sharding.shares)
@@ -270,7 +271,7 @@ class UnifiedAttention:
 
 
 def _heads(node: fx.Node) -> int:
-    heads: int = node.meta["val"].shape[-3]
+    heads: int = sizes_of(node.meta["val"])[-3]
     return heads
 
 

@@ -20,6 +20,7 @@ from torch._ops import OpOverload
 
 from paracompile.layout.graph import Operation
 from paracompile.layout.plan import Sharding
+from paracompile.layout.sizes import sizes_of
 from paracompile.mesh import Axis
 from paracompile.passes.writer import GraphWriter
 from paracompile.runtime.collectives import all_gather
@@ -52,7 +53,7 @@ def _group_norm(
     computed = torch.promote_types(x.meta["val"].dtype, torch.float32)
     wide = write(aten._to_copy.default, x, dtype=computed) if x.meta["val"].dtype != computed else x
     counts = [held.local_size(rank) for rank in range(axis.size)]
-    own = _moments(write, wide, [rows, groups, prod(x.meta["val"].shape[1:]) // groups])
+    own = _moments(write, wide, [rows, groups, prod(sizes_of(x.meta["val"])[1:]) // groups])
     mean, variance = _merged(write, own, [count / sum(counts) for count in counts], axis)
     scale = write(aten.rsqrt.default, write(aten.add.Scalar, variance, arguments["eps"]))
     mean, scale = (_of_channels(write, each, [rows, groups, channels // groups], pixels) for each in (mean, scale))
@@ -91,7 +92,7 @@ def _of_channels(write: GraphWriter, moment: fx.Node, shape: Sequence[int], pixe
 
 def _merged(write: GraphWriter, own: fx.Node, shares: Sequence[float], axis: Axis) -> tuple[fx.Node, fx.Node]:
     """Mean and variance of all, from every rank's, which stand for these shares of all positions."""
-    shape = list(own.meta["val"].shape)
+    shape = list(sizes_of(own.meta["val"]))
     gathered = all_gather(write, own, axis.size, axis.group)
     gathered = write(aten.reshape.default, gathered, [axis.size, *shape])
     by_rank = [write(aten.select.int, gathered, 0, rank) for rank in range(axis.size)]

@@ -25,6 +25,7 @@ from torch import fx
 
 from paracompile.layout.graph import Operation, spelled
 from paracompile.layout.halos import Halo
+from paracompile.layout.sizes import sizes_of
 from paracompile.mesh import Axis
 from paracompile.passes.writer import GraphWriter
 from paracompile.runtime.halos import NO_FILL, Fill, Rows, window_of
@@ -50,7 +51,7 @@ class Held:
     axis: Axis
 
     def rows(self, write: GraphWriter, dim: int, wanted: Sequence[Rows], fill: Fill = NO_FILL) -> fx.Node:
-        shape, rank, by_rank = self.node.meta["val"].shape, self.axis.rank, self.by_rank
+        shape, rank, by_rank = sizes_of(self.node.meta["val"]), self.axis.rank, self.by_rank
         if by_rank is None:  # nothing is sent
             by_rank = [(0, shape[dim]) if other == rank else (0, 0) for other in range(self.axis.size)]
             wanted = [rows if other == rank else (0, 0) for other, rows in enumerate(wanted)]
@@ -97,7 +98,7 @@ class Windowed:
             there = replace(op, target=target, arguments={**op.arguments, **rule.on_window(op, halo, window)})
             args, kwargs = spelled(replace(self.operation, op=there), [x, *self.others])
             made = write(target, *args, **kwargs)
-            if window.skip or made.meta["val"].shape[dim] != window.count:
+            if window.skip or sizes_of(made.meta["val"])[dim] != window.count:
                 made = write(aten.slice.Tensor, made, dim, window.skip, window.skip + window.count)
         if fill == NO_FILL:
             return made

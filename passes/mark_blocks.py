@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from math import prod
 from typing import Literal
 
 import torch
@@ -31,6 +32,7 @@ from torch._guards import detect_fake_mode
 
 from paracompile.errors import GraphError, OptionError
 from paracompile.layout.graph import is_static, is_tensor
+from paracompile.layout.sizes import hint, sizes_of
 from paracompile.passes.found import Found, Skipped
 from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import AUTOCAST_EDGES
@@ -223,7 +225,7 @@ def _rejoin(graph: fx.Graph, node: fx.Node, joined: Joined) -> None:
     with graph.inserting_before(node.next):
         write.origin, start, streams = node, 0, []
         for source in joined.sources:
-            end = start + source.meta["val"].shape[joined.dim]
+            end = start + sizes_of(source.meta["val"])[joined.dim]
             streams.append(write(aten.slice.Tensor, node, joined.dim, start, end))
             start = end
         write.origin = None
@@ -234,9 +236,9 @@ def _rejoin(graph: fx.Graph, node: fx.Node, joined: Joined) -> None:
 
 def _start_of_residual(stream: Stream, first: int) -> fx.Node:
     """Where the stream has entered the blocks of the front that keep its shape."""
-    shape = stream.exits[first - 1].meta["val"].shape
+    shape = sizes_of(stream.exits[first - 1].meta["val"])
     start = first - 1
-    while start > 0 and stream.entries[start - 1].meta["val"].shape == shape:
+    while start > 0 and sizes_of(stream.entries[start - 1].meta["val"]) == shape:
         start -= 1
     return stream.entries[start]
 
@@ -276,13 +278,18 @@ def _sample(graph: fx.Graph, stream: Stream, times: tuple[int, ...]) -> int | No
                 seen.add(source)
                 waiting.append(source)
     (output,) = graph.find_nodes(op="output")
-    shapes = [node.meta["val"].shape for node in output.all_input_nodes if is_tensor(node)]
+    shapes = [_first_shape(node) for node in output.all_input_nodes if is_tensor(node)]
     candidates = [
-        (node.meta["val"].shape in shapes, node.meta["val"].numel(), -index)
+        (_first_shape(node) in shapes, prod(_first_shape(node)), -index)
         for index, node in _call_inputs(graph)
         if node in seen and index not in times
     ]
     return -max(candidates)[2] if candidates else None
+
+
+def _first_shape(node: fx.Node) -> tuple[int, ...]:
+    """The shape at the first call: which input is denoised does not depend on the sizes of later ones."""
+    return tuple(map(hint, sizes_of(node.meta["val"])))
 
 
 def _call_inputs(graph: fx.Graph) -> list[tuple[int, fx.Node]]:

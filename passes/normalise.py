@@ -35,11 +35,12 @@ from torch._functorch._aot_autograd.functional_utils import has_data_mutation
 from torch._guards import Source, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.proxy_tensor import make_fx, py_sym_types
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.fx.traceback import preserve_node_meta
 
 from paracompile.errors import GraphError
+from paracompile.layout.sizes import size_of
 from paracompile.passes.equal_blocks import STAND_IN, fold_equal_blocks, unfold
 from paracompile.passes.numbers import write_numbers
 from paracompile.passes.strides import spell_strides
@@ -61,17 +62,18 @@ _FACTORIES = {
 
 
 def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
-    """Retraces `gm` into functional pre-dispatch ATen with static sizes; `gm` itself is not touched.
+    """Retraces `gm` into functional pre-dispatch ATen; `gm` itself is not touched.
 
     Of equal blocks one is traced (`equal_blocks`).
     """
-    fake_mode = detect_fake_mode(example_inputs) or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     numbers = find_numbers(gm.graph)
-    plain, example_inputs = write_numbers(gm, example_inputs, numbers)
+    plain = write_numbers(gm, numbers)
+    fake_mode = detect_fake_mode(example_inputs) or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with fake_mode, _plain_inference():
-        mapped = write_vmaps(plain, _stand_in)
+        mapped = write_vmaps(plain, _static_stand_in)
     traced = _trace_folded(mapped, example_inputs, fake_mode) or _trace(mapped, example_inputs, fake_mode)[0]
     _restore_inputs(gm, traced, numbers)
+    _state_sizes(traced)
     for node in list(traced.graph.nodes):
         _respell(node)
     _place_numbers(traced)
@@ -90,7 +92,7 @@ def _trace_folded(
     if folded is None:
         return None
     traced, written = _trace(folded.gm, [*example_inputs, *folded.like], fake_mode)
-    bodies = {name: _trace(body, folded.examples(name), fake_mode)[0] for name, body in folded.bodies.items()}
+    bodies = {name: _trace(body, [], fake_mode)[0] for name, body in folded.bodies.items()}
     if written or any(_shares_memory(body) for body in bodies.values()):
         return None
     unfold(traced, folded, bodies)
@@ -108,17 +110,35 @@ def _shares_memory(body: fx.GraphModule) -> bool:
 
 
 def _trace(gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: FakeTensorMode) -> tuple[fx.GraphModule, bool]:
-    """The functional graph, and whether anything was written to what leaves a stand-in."""
+    """The functional graph, and whether anything was written to what leaves a stand-in.
+
+    args:
+        example_inputs: what may be written to, to see which of it shares memory; Dynamo's examples say the shapes.
+    """
     written: list[bool] = []
     with fake_mode, _plain_inference():
-        stand_ins = [_stand_in(value) for value in example_inputs]
+        stand_ins = [_stand_in(node.meta["example_value"]) for node in gm.graph.find_nodes(op="placeholder")]
         traced = make_fx(
             lambda *args: _run_functionally(gm, args, example_inputs, written.append),
-            tracing_mode="fake",
+            tracing_mode="real",  # the inputs are fake
             pre_dispatch=True,
             _allow_non_fake_inputs=True,
         )(*stand_ins)
     return traced, any(written)
+
+
+def _state_sizes(traced: fx.GraphModule) -> None:
+    """Writes sizes where they are used, by their formulas; the nodes that calculate them are left without readers."""
+
+    def stated(source: fx.Node) -> Any:
+        value = source.meta.get("val")
+        if isinstance(value, (torch.SymFloat, torch.SymBool)) and not free_unbacked_symbols(value):
+            return float(value) if isinstance(value, torch.SymFloat) else bool(value)
+        return size_of(value) if isinstance(size_of(value), int) else source
+
+    for node in traced.graph.nodes:
+        if any(isinstance(source.meta.get("val"), py_sym_types) for source in node.all_input_nodes):
+            node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), stated)
 
 
 def _respell(node: fx.Node) -> None:
@@ -207,19 +227,18 @@ def _plain_inference() -> Any:
 
 
 def _stand_in(value: Any) -> Any:
-    """A static, plain fake tensor of the same outer metadata; a number for a symbolic size."""
+    """A plain fake tensor of the same outer metadata."""
     if isinstance(value, torch.Tensor):
-        return torch.empty_strided(
-            [int(size) for size in value.shape],
-            [int(stride) for stride in value.stride()],
-            dtype=value.dtype,
-            device=value.device,
-        )
-    if isinstance(value, torch.SymInt):
-        return int(value)
-    if isinstance(value, torch.SymFloat):
-        return float(value)
-    return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return float(value) if isinstance(value, torch.SymFloat) else value
+
+
+def _static_stand_in(value: Any) -> Any:
+    """The same with sizes that are numbers."""
+    if isinstance(value, torch.Tensor):
+        shape, strides = ([int(size) for size in sizes] for sizes in (value.shape, value.stride()))
+        return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+    return int(value) if isinstance(value, torch.SymInt) else _stand_in(value)
 
 
 class _Interpreter(fx.Interpreter):

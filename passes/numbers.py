@@ -13,7 +13,6 @@ to other ranks it is a tensor like others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,18 +24,15 @@ from paracompile.patterns.numbers import FILLED, IN_PLACE, MADE, OF_NUMBERS, Num
 __all__ = ["write_numbers"]
 
 
-def write_numbers(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], numbers: Numbers
-) -> tuple[fx.GraphModule, Sequence[Any]]:
-    """Dynamo's graph with tensors in the place of the numbers that are kept, and its inputs; `gm` is not touched."""
+def write_numbers(gm: fx.GraphModule, numbers: Numbers) -> fx.GraphModule:
+    """Dynamo's graph with tensors in the place of the numbers that are kept; `gm` is not touched."""
     if not numbers.kept:
-        return gm, example_inputs
+        return gm
     values = (node.meta.get("example_value") for node in gm.graph.nodes)
     fake_mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))  # the inputs have another
     with fake_mode, torch.inference_mode(False), torch.no_grad():
         graph = _Writer(numbers.kept).written(gm.graph)
-    inputs = [torch.zeros((), dtype=torch.int64) if i in numbers.ints else x for i, x in enumerate(example_inputs)]
-    return fx.GraphModule(gm, graph), inputs
+    return fx.GraphModule(gm, graph)
 
 
 class _Writer:

@@ -22,6 +22,7 @@ from paracompile.layout.costs import cost_of
 from paracompile.layout.graph import Operation, operations, shape_of
 from paracompile.layout.places import Seed
 from paracompile.layout.plan import Plan, make_plan
+from paracompile.layout.sizes import sizes_of
 from paracompile.mesh import Axis, Ranks
 from paracompile.passes.found import Found
 from paracompile.patterns.attention import find_attentions
@@ -110,7 +111,7 @@ def _check_flex_attention(graph: fx.Graph, plan: Plan, axis: Axis) -> None:
     """
     largest = max((attention.flops for attention in plan.attentions.values()), default=0)
     for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.flex_attention):
-        query, key, value = (tuple(operand.meta["val"].shape) for operand in node.args[:3])
+        query, key, value = (sizes_of(operand.meta["val"]) for operand in node.args[:3])
         if attention_flops(query, key, value) > largest:
             raise GraphError(
                 node,

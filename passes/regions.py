@@ -25,18 +25,22 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_aggregate
+from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.errors import GraphError, module_paths
 from paracompile.layout.graph import is_static
+from paracompile.layout.sizes import Size, evaluate, formula_of, free_symbols_of, is_symbol
 from paracompile.passes.first_block_cache import COND
 from paracompile.patterns.regions import Body, cut_along_blocks, is_view, look_of
 
@@ -80,11 +84,13 @@ class _Region:
         name: what it is called.
         module: what it computes.
         results: fake tensors like its results.
+        symbols: the sizes that it is given behind its other inputs.
     """
 
     name: str
     module: fx.GraphModule
     results: tuple[Tensor, ...]
+    symbols: tuple[sympy.Symbol, ...]
 
 
 class _Cutter:
@@ -100,6 +106,7 @@ class _Cutter:
         self.bodies: dict[fx.GraphModule, list[Body | None]] = {}
         self.static = {node: node.meta["tensor_dict"] for node in inputs if is_static(node)}
         self.edges: dict[fx.Node, Any] = examples
+        self.symbols = {value.node.expr: node for node, value in examples.items() if is_symbol(value)}
         for node, value in zip(inputs, example_inputs, strict=False):  # inputs of our own come last
             if is_traceable_wrapper_subclass(value):  # for which a plain tensor stands in
                 self.edges[node] = fake_mode.from_tensor(cast(Tensor, value), static_shapes=True)
@@ -144,12 +151,15 @@ class _Cutter:
                 )
 
     def _write(self, part: fx.GraphModule) -> None:
-        """Rewrites one graph to calls."""
+        """Rewrites one graph to calls; a branch is given all symbols behind its other inputs."""
         graph = fx.Graph()
         outer: dict[fx.Node, fx.Node] = {}
         for node in part.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 outer[node] = graph.node_copy(node)
+        symbols = {
+            symbol: outer[node] if part is self.gm else graph.node_copy(node) for symbol, node in self.symbols.items()
+        }
         conditionals = iter(part.graph.find_nodes(op="call_function", target=COND))
         for body in self.bodies[part]:
             if body is None:
@@ -159,11 +169,14 @@ class _Cutter:
                 self._leave(conditional)
                 for node in (conditional, *conditional.users):
                     outer[node] = graph.node_copy(node, outer.__getitem__)
+                *others, operands = outer[conditional].args
+                outer[conditional].args = (*others, (*cast(Any, operands), *symbols.values()))
                 continue
             region = self._region(body)
             if not hasattr(part, region.name):
                 part.add_submodule(region.name, region.module)
-            called = graph.call_module(region.name, tuple(outer[node] for node in body.inputs))
+            given = *(outer[node] for node in body.inputs), *map(symbols.__getitem__, region.symbols)
+            called = graph.call_module(region.name, given)
             called.meta["val"] = region.results
             for index, node in enumerate(body.outputs):
                 outer[node] = graph.call_function(operator.getitem, (called, index))
@@ -227,6 +240,9 @@ class _Cutter:
             if node in self.static:
                 inner[node].meta["tensor_dict"] = self.static[node]
             inner[node]._dynamo_source = None  # AOTAutograd asks; a region's inputs come from many places
+        arguments = [(node.args, node.kwargs) for node in body.nodes]
+        symbols = tuple(free_symbols_of((arguments, [self._example(node) for node in body.inputs])))
+        sizes = _Sizes(graph, {symbol: self.symbols[symbol] for symbol in symbols})
         root = nn.Module()
         for node in body.nodes:
             for source in node.all_input_nodes:
@@ -238,14 +254,14 @@ class _Cutter:
                 inner[node] = _copy(graph, node, inner[part])
                 continue
             # Without its name, which tells where it stood: equal regions are equal in Inductor's cache, too.
-            args, kwargs = fx.map_arg((node.args, node.kwargs), inner.__getitem__)
+            args, kwargs = sizes.written(fx.map_arg((node.args, node.kwargs), inner.__getitem__))
             inner[node] = graph.create_node(node.op, node.target, args, kwargs)
             inner[node].meta = dict(node.meta)
         graph.output(tuple(inner[node] for node in body.outputs))
         module = fx.GraphModule(root, graph)
         module.meta["dynamo_compile_id"] = None  # its mere presence says that inputs know whether they are parameters
         module._param_name_to_source = {}  # type: ignore[assignment]
-        return _Region(name, module, self._lay_out(module, [is_view(node) for node in body.outputs]))
+        return _Region(name, module, self._lay_out(module, [is_view(node) for node in body.outputs]), symbols)
 
     def _lay_out(self, module: fx.GraphModule, views: Sequence[bool]) -> tuple[Tensor, ...]:
         """Makes the results contiguous that are no views; what all of them look like then."""
@@ -268,6 +284,37 @@ class _Cutter:
     def _contiguous(self, fake: Tensor) -> Tensor:
         with self.fake_mode, torch.inference_mode(False):
             return torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
+
+
+class _Sizes:
+    """Calculates sizes in a region, from the symbols that are among its inputs."""
+
+    def __init__(self, graph: fx.Graph, symbols: Mapping[sympy.Symbol, fx.Node]) -> None:
+        """Adds an input for each symbol."""
+        self.graph = graph
+        self.proxies: dict[sympy.Symbol, fx.Proxy] = {}
+        self.made: dict[int | str, Any] = {}
+        tracer = GraphAppendingTracer(graph)
+        for number, (symbol, node) in enumerate(symbols.items()):
+            given = graph.placeholder(f"size_{number}")
+            given.meta["val"] = node.meta["val"]
+            given._dynamo_source = None
+            self.proxies[symbol] = fx.Proxy(given, tracer)
+
+    def written(self, arguments: Any) -> Any:
+        """The arguments, with nodes in the place of sizes."""
+        return map_aggregate(arguments, lambda argument: self._size(argument))
+
+    def _size(self, argument: Any) -> Any:
+        if not isinstance(argument, Size):
+            return argument
+        key = formula_of(argument)
+        if key not in self.made:
+            made = evaluate(argument, self.proxies)
+            self.made[key] = made.node if isinstance(made, fx.Proxy) else made
+            if isinstance(made, fx.Proxy):
+                made.node.meta["val"] = argument.formula
+        return self.made[key]
 
 
 def _joined(bodies: Sequence[Body | None], shared: set[Body], along_blocks: bool) -> list[Body | None]:
@@ -297,7 +344,7 @@ def _copy(graph: fx.Graph, joined: fx.Node, part: fx.Node) -> fx.Node:
     """What a `cat` or `stack` of nothing but `part` makes, contiguous."""
     like = joined.meta["val"]
     if joined.target is aten.stack.default:
-        part = graph.call_function(aten.reshape.default, (part, list(like.shape)))
+        part = graph.call_function(aten.unsqueeze.default, (part, joined.args[1] if joined.args[1:] else 0))
         part.meta = dict(joined.meta)
     how: dict[str, Any] = {"dtype": like.dtype, "memory_format": torch.contiguous_format}
     copy = graph.call_function(aten._to_copy.default, (part,), how)

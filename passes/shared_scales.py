@@ -22,6 +22,7 @@ from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.errors import GraphError
+from paracompile.layout.sizes import sizes_of
 from paracompile.passes.writer import GraphWriter, as_float
 from paracompile.runtime.collectives import all_reduce
 
@@ -65,7 +66,7 @@ class SharedScales:
             GraphError: this rank has no part.
         """
         x, *rest = args
-        *outer, width = x.meta["val"].shape
+        *outer, width = sizes_of(x.meta["val"])
         if 0 in outer:
             raise GraphError(
                 node,
@@ -77,7 +78,7 @@ class SharedScales:
             self._longer[x] = write(aten.cat.default, [tokens, self._range(write, x, width, group)])
         made = write(aten.linear.default, self._longer[x], *rest)
         made = write(aten.slice.Tensor, made, 0, 0, prod(outer))
-        written: fx.Node = write(aten.reshape.default, made, [*outer, made.meta["val"].shape[-1]])
+        written: fx.Node = write(aten.reshape.default, made, [*outer, sizes_of(made.meta["val"])[-1]])
         return written
 
     @staticmethod

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import has_free_symbols
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from paracompile.layout.sizes import sizes_in, symbols_in
 from paracompile.patterns.regions import look_of
 
 __all__ = ["PROVENANCE", "GraphWriter", "as_float", "in_type"]
@@ -35,6 +36,7 @@ class GraphWriter:
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Appends `target(*args, **kwargs)`; nodes among the arguments stand for their values."""
+        args, kwargs = sizes_in((args, kwargs))
         node = self.graph.call_function(target, args, kwargs)
         node.meta["val"] = self._evaluate(target, *fx.map_arg((args, kwargs), lambda argument: argument.meta["val"]))
         self._mark(node)
@@ -50,7 +52,7 @@ class GraphWriter:
         if key in self._known:
             return self._known[key]
         with self._fake_mode, torch.inference_mode(False), torch.no_grad():
-            made = target(*args, **kwargs)
+            made = target(*symbols_in(args), **symbols_in(kwargs))
         if all(isinstance(value, torch.Tensor) and not has_free_symbols(value) for value in tree_leaves(made)):
             self._known[key] = made
         return made

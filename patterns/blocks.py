@@ -26,6 +26,7 @@ from torch import fx
 
 from paracompile.errors import module_paths
 from paracompile.layout.graph import is_tensor, named_arguments
+from paracompile.layout.sizes import sizes_of
 from paracompile.patterns.autocast import ENTER_AUTOCAST, EXIT_AUTOCAST
 
 aten = torch.ops.aten
@@ -402,7 +403,7 @@ def _alike(node: fx.Node, other: fx.Node) -> bool:
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...]:
-    return tuple(node.meta["val"].shape)
+    return sizes_of(node.meta["val"])
 
 
 def _effort(node: fx.Node) -> int:

@@ -6,6 +6,7 @@ Only products are counted, as they are nearly all of a transformer's arithmetic;
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -16,14 +17,18 @@ import paracompile.runtime.kernels
 import paracompile.runtime.visible  # noqa: F401  (registers attention_to_visible)
 from paracompile.layout.factors import Op
 from paracompile.layout.graph import Operation, shape_of
+from paracompile.layout.sizes import hint
 
 aten = torch.ops.aten
 
 
 def flops(op: Op) -> int:
-    """Twice the multiply-adds of `op` with its shapes."""
+    """Twice the multiply-adds of `op` with its shapes, at the sizes of the first call."""
     formula = _FORMULAS.get(op.target)
-    return int(formula(op)) if formula else 0
+    if formula is None:
+        return 0
+    operands, results = ([tuple(map(hint, shape)) for shape in shapes] for shapes in (op.operands, op.results))
+    return int(formula(replace(op, operands=tuple(operands), results=tuple(results))))
 
 
 def flops_of(operation: Operation) -> int:
@@ -31,7 +36,7 @@ def flops_of(operation: Operation) -> int:
     if operation.op is not None:
         return flops(operation.op)
     if operation.node.target is torch.nn.functional.linear:  # as `dispatch_on_subclasses` spells it
-        return 2 * prod(shape_of(operation.results[0])) * shape_of(operation.operands[0])[-1]
+        return 2 * prod(map(hint, shape_of(operation.results[0]))) * hint(shape_of(operation.operands[0])[-1])
     return 0
 
 

@@ -27,10 +27,12 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import OpOverload
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.errors import module_paths
 from paracompile.layout.graph import is_tensor, readers_of, writes
+from paracompile.layout.sizes import Size, formula_of
 from paracompile.patterns.autocast import AUTOCAST_EDGES, ENTER_AUTOCAST, EXIT_AUTOCAST
 from paracompile.patterns.blocks import find_blocks
 from paracompile.patterns.exchanges import is_collective, is_wait
@@ -90,6 +92,8 @@ class Body:
                 return tuple((key, spelled(value)) for key, value in argument.items())
             if isinstance(argument, slice):
                 return "slice", spelled(argument.start), spelled(argument.stop), spelled(argument.step)
+            if isinstance(argument, Size):
+                return "size", formula_of(argument)
             return type(argument).__name__, repr(argument)  # 1, 1.0 and True are equal, and no equal constants
 
         return (
@@ -109,8 +113,8 @@ def look_of(example: Any) -> object:
     elif not isinstance(example, torch.Tensor):
         return type(example).__name__, repr(example)
     else:
-        inner = example.storage_offset() * example.element_size() % _ALIGNMENT
-    size, strides = tuple(example.shape), example.stride()
+        inner = formula_of(example.storage_offset() * example.element_size() % _ALIGNMENT)
+    size, strides = (tuple(map(formula_of, sizes)) for sizes in (example.shape, example.stride()))
     return (
         type(example).__name__,
         size,
@@ -309,11 +313,11 @@ def _pending(nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 
 def _has_known_size(node: fx.Node) -> bool:
-    """Whether the node's value may leave its region: a tensor whose sizes are numbers."""
+    """Whether the node's value may leave its region: a tensor whose sizes do not depend on data."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return not node.users
-    return all(isinstance(size, int) for size in value.shape)
+    return not free_unbacked_symbols(value)
 
 
 def _is_module(node: fx.Node) -> bool:

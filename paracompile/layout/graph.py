@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from paracompile.layout.factors import Factor, Op, Operand, Rule, Shape
+from paracompile.layout.sizes import hint, size_of
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,12 @@ def tensor_of(value: Value) -> torch.Tensor:
 
 
 def shape_of(value: Value) -> Shape:
-    return tuple(tensor_of(value).shape)
+    return tuple(map(size_of, tensor_of(value).shape))
 
 
 def bytes_of(value: Value) -> int:
-    tensor = tensor_of(value)
-    return tensor.numel() * tensor.element_size()
+    """At the sizes of the first call: what costs are weighed by."""
+    return prod(map(hint, shape_of(value))) * tensor_of(value).element_size()
 
 
 def value_of(node: fx.Node) -> Value:

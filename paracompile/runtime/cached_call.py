@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from paracompile.layout.sizes import evaluate
 from paracompile.runtime.history import History
 from paracompile.runtime.slots import UNKNOWN, Call, CallSigns, Generation, current_generation, current_name
 
@@ -36,16 +38,32 @@ __all__ = [
 _MOST_SLOTS = 8  # of calls of one name, or of none
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StateLike:
     """What a graph takes besides its own inputs: a control tensor, a record, and the stored values.
 
     attributes:
-        record, state: (shape, dtype, device) of each.
+        record, state: (shape, dtype, device) of each; sizes may be formulas.
+        symbols: by symbol of these formulas, the place of its value among the graph's arguments.
     """
 
     record: tuple[tuple[int, ...], torch.dtype, torch.device]
     state: tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
+    symbols: Mapping[sympy.Symbol, int] = field(default_factory=dict)
+    _found: dict[tuple[int, ...], StateLike] = field(default_factory=dict)
+
+    def at(self, args: Sequence[Any]) -> StateLike:
+        """The same at the sizes of a call: one object for all calls of these sizes."""
+        if not self.symbols:
+            return self
+        values = tuple(args[place] for place in self.symbols.values())
+        if values not in self._found:
+            known = dict(zip(self.symbols, values, strict=True))
+            state = (
+                (tuple(evaluate(size, known) for size in shape), dtype, device) for shape, dtype, device in self.state
+            )
+            self._found[values] = StateLike(self.record, tuple(state))
+        return self._found[values]
 
 
 @dataclass(eq=False)
@@ -73,13 +91,15 @@ class Slot:
 
 @dataclass(eq=False)
 class SlotsOfGraph:
-    """The slots of one graph in one generation.
+    """The slots of one graph in one generation, at one set of sizes.
 
     attributes:
+        like: the state of each.
         all: they, in the order in which they were made.
         calls: by name, the step of the last call, and how many calls of that step there were.
     """
 
+    like: StateLike
     all: list[Slot] = field(default_factory=list)
     calls: dict[str | None, tuple[int, int]] = field(default_factory=dict)
 
@@ -99,17 +119,17 @@ class Held:
     """All that is stored for one generation of one model.
 
     attributes:
-        slots: by graph.
+        slots: by graph and its sizes.
         history: what the slots recorded.
     """
 
-    slots: weakref.WeakKeyDictionary[CachedCall, SlotsOfGraph] = field(default_factory=weakref.WeakKeyDictionary)
+    slots: weakref.WeakKeyDictionary[StateLike, SlotsOfGraph] = field(default_factory=weakref.WeakKeyDictionary)
     history: History = field(default_factory=History)
 
-    def remember(self, graph: CachedCall, slot: Slot, record: Tensor) -> None:
+    def remember(self, graph: CachedCall, like: StateLike, slot: Slot, record: Tensor) -> None:
         slot.record = record
         line = self.history.line(
-            id(graph), slot.title, named=slot.name is not None, inputs=graph.inputs, free=graph.free
+            id(like), slot.title, named=slot.name is not None, inputs=graph.inputs, free=graph.free
         )
         self.history.add(line, record)
 
@@ -251,7 +271,8 @@ class CachedCall:
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         model = self._model(args)
         held = model.begin_call()
-        slots = held.slots.setdefault(self, SlotsOfGraph())
+        like = self.like.at(args)
+        slots = held.slots.setdefault(like, SlotsOfGraph(like))
         generation, name = current_generation(), current_name()
         slot = self._slot(slots, generation, name, args)
         known = generation.is_loop and slot.step is not None and slot.step < generation.steps
@@ -263,7 +284,7 @@ class CachedCall:
         except BaseException:
             slots.keep(other for other in slots.all if other is not slot)  # some of its state may be written, some not
             raise
-        held.remember(self, slot, record)
+        held.remember(self, like, slot, record)
         return tuple(outputs)
 
     def _model(self, args: Sequence[Any]) -> ModelCache:
@@ -319,7 +340,7 @@ class CachedCall:
         with torch.inference_mode(False), torch.no_grad():
             record, *state = (
                 torch.zeros(shape, dtype=dtype, device=device)
-                for shape, dtype, device in (self.like.record, *self.like.state)
+                for shape, dtype, device in (slots.like.record, *slots.like.state)
             )
         if title is None:
             title = f"call {place + 1}" if name is None else name if place == 0 else f"{name} {place + 1}"
