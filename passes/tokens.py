@@ -50,21 +50,22 @@ def all_tokens(call: Call, x: Any, shape: Shape, sharding: Sharding, rank: int, 
     ranks = shares.ranks
     if place.has_margins:  # position by position
         locals_ = [sharding.local_size(other) for other in range(ranks)]
+        longest = max(locals_)
         pieces_of = [(other, 0, count) for other, count in enumerate(locals_)]
         place = Place(place.dim, place.size)
     else:
         locals_ = [sharding.local(other) for other in range(ranks)]
+        longest = shares.most(sharding.segments)
         pieces_of = [
             (other, shares.local(sharding.segments[:number], other), shares.of(length)[other])
             for number, length in enumerate(sharding.segments)
             for other in range(ranks)
         ]
-    longest = max(locals_)
     dim = place.dim + (place.outer > 1)
     x = _open(call, x, sharding.local_shape(shape, rank), place, locals_[rank])
-    if locals_[rank] < longest:
-        behind = len(_opened_shape(shape, place, longest)) - 1 - dim
-        x = call(aten.constant_pad_nd.default, x, [0, 0] * behind + [0, longest - locals_[rank]])
+    if locals_[rank] != longest:
+        filling = call(aten.new_zeros.default, x, _opened_shape(shape, place, longest - locals_[rank]))
+        x = call(aten.cat.default, [x, filling], dim)
     x = call(aten.clone.default, x, memory_format=torch.contiguous_format)
     dtype = x.meta["val"].dtype if isinstance(x, fx.Node) else x.dtype
     if dtype not in _CARRIED:

@@ -17,6 +17,7 @@ import torch
 from torch._ops import OpOverload
 
 from paracompile.layout.halos import Halo, Window
+from paracompile.layout.sizes import divides
 
 Shape = tuple[int, ...]
 
@@ -177,7 +178,7 @@ def within(place: Place, span: Span, size: int) -> Place | None:
     (a merged dimension that passes through unsplit) keeps its `outer` and `inner`; a window is only meaningful for a
     place that is outermost in the factor.
     """
-    if place.dim != span.dim or place.outer % span.outer or place.inner % span.inner:
+    if place.dim != span.dim or not (divides(span.outer, place.outer) and divides(span.inner, place.inner)):
         return None
     outer, inner = place.outer // span.outer, place.inner // span.inner
     if place.has_margins:
@@ -189,7 +190,7 @@ def within(place: Place, span: Span, size: int) -> Place | None:
         return None
     if span.length == size:
         return Place(0, place.length, outer, inner)
-    if outer != 1 or size % inner or span.start % inner:
+    if outer != 1 or not (divides(inner, size) and divides(inner, span.start)):
         return None
     return Place(0, size // inner, 1, inner)
 
@@ -200,7 +201,7 @@ def project(token: Place, span: Span, size: int) -> Place | None:
         return None
     if span.length == size:
         length = token.length
-    elif token.outer == 1 and span.length % token.inner == 0 and span.start % token.inner == 0:
+    elif token.outer == 1 and divides(token.inner, span.length) and divides(token.inner, span.start):
         length = span.length // token.inner
     else:
         return None

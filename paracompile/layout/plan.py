@@ -15,6 +15,7 @@ from paracompile.layout.graph import Operation, Value, is_tensor, operations, va
 from paracompile.layout.places import Attention, Cut, Seed, Spatial, accepts, cut_of, exchanges, propagate, sum_of
 from paracompile.layout.segments import Segments, find_segments
 from paracompile.layout.shares import Lengths, Shares
+from paracompile.layout.sizes import at_least, hint
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,10 @@ def make_plan(
         misaligned.update(dict.fromkeys(segments.misaligned))
         looser = {**possible, **segments.misaligned}
         possible = {operation: cut for operation, cut in looser.items() if cut is not None}
-    longest = max((length for lengths in segments.values.values() for length in lengths), default=0)
+    lengths = dict.fromkeys(length for lengths in segments.values.values() for length in lengths)
+    for length in lengths:  # torch takes sizes of 0 and 1 for others, and would guard a rank's against them
+        at_least(length, 2 * ranks)
+    longest = max(lengths, key=hint, default=0)
     return Plan(
         operations=all_operations,
         attentions=attentions,

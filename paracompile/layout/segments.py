@@ -20,6 +20,7 @@ from paracompile.layout.factors import Factor, Place, Span
 from paracompile.layout.graph import Operation, Value, bytes_of, shape_of
 from paracompile.layout.places import Attention, Cut, accepts, exchanges, made_in_parts
 from paracompile.layout.shares import Lengths, Shares
+from paracompile.layout.sizes import hint, same
 
 _MOST_SEGMENTS = 64
 """A gather puts every segment of every rank into its place."""
@@ -28,7 +29,11 @@ _MOST_UNEVEN = 1.25
 
 
 def too_fine(lengths: Lengths, ranks: int) -> bool:
-    """Whether segments are too many, or leave one rank with much more than its share: a token more is no matter."""
+    """Whether segments are too many, or leave one rank with much more than its share: a token more is no matter.
+
+    That is judged at the sizes of the first call.
+    """
+    lengths = tuple(map(hint, lengths))
     if len(lengths) > _MOST_SEGMENTS:
         return True
     shares, tokens = Shares(ranks, max(lengths, default=0)), sum(lengths)
@@ -182,7 +187,11 @@ def _inside(edges: Iterable[int], window: Window) -> frozenset[int]:
 
 
 def _lengths(edges: Iterable[int]) -> Lengths:
-    ordered = sorted(edges)
+    """The lengths between edges; edges that meet at the first call are guarded to be one."""
+    ordered: list[int] = []
+    for edge in sorted(edges, key=hint):
+        if not ordered or not same(ordered[-1], edge):
+            ordered.append(edge)
     return tuple(stop - start for start, stop in pairwise(ordered))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from paracompile.layout.sizes import Size
+
 Lengths = tuple[int, ...]
 """The lengths of segments, in order."""
 
@@ -31,14 +33,19 @@ class Shares:
         if self.chunked:
             most = -(-length // self.ranks)
             return tuple(max(0, min(most, length - rank * most)) for rank in range(self.ranks))
-        each, rest = divmod(length, self.ranks)
-        sizes = tuple(each + (rank < rest) for rank in range(self.ranks))
+        sizes = tuple((length + self.ranks - 1 - rank) // self.ranks for rank in range(self.ranks))
         return sizes if length == self.longest else sizes[::-1]
 
     def window(self, length: int, rank: int) -> tuple[int, int]:
         """First position and number of the tokens that `rank` holds of a segment of `length`."""
         sizes = self.of(length)
         return sum(sizes[:rank]), sizes[rank]
+
+    def most(self, segments: Lengths) -> int:
+        """No rank holds more tokens of all `segments`; of open lengths some may not hold so many."""
+        if any(isinstance(length, Size) for length in segments):
+            return sum((length + self.ranks - 1) // self.ranks for length in segments)
+        return max(self.local(segments, rank) for rank in range(self.ranks))
 
     def local(self, segments: Lengths, rank: int) -> int:
         """Tokens of all `segments` on `rank`."""

@@ -10,18 +10,24 @@ asks for the `hint`, the number at the first call, and guards nothing.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from math import gcd
 from typing import Any
 
 import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols, statically_known_true
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 __all__ = [
     "Size",
+    "at_least",
+    "common_divisor",
+    "common_multiple",
+    "divides",
     "evaluate",
     "formula",
     "formula_of",
@@ -58,11 +64,16 @@ def _decided_by(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return method
 
 
+def _refused(self: Size, *others: Any) -> Any:
+    raise TypeError(f"{self.formula} is open, and has no such operation: ask for its hint, or fix it by int()")
+
+
 class Size(int):
     """A size with its formula.
 
-    It is hashed by its number, so that it may be looked up; two that look equal are compared by their formulas, which
-    guards.
+    Two sizes are equal if they are so at all sizes, which nothing is guarded for: at a size at which they happen to be
+    equal, they need not be known to be. Only whether one is 0 or 1 is asked, and guarded. So is what is larger. Sizes
+    are hashed by their numbers at the first call.
 
     attributes:
         formula: torch's symbolic integer.
@@ -79,11 +90,45 @@ class Size(int):
     __add__, __radd__ = _made_of(operator.add)
     __sub__, __rsub__ = _made_of(operator.sub)
     __mul__, __rmul__ = _made_of(operator.mul)
-    __floordiv__, __rfloordiv__ = _made_of(operator.floordiv)
-    __mod__, __rmod__ = _made_of(operator.mod)
 
-    __eq__ = _decided_by(operator.eq)
-    __ne__ = _decided_by(operator.ne)
+    def __floordiv__(self, other: Any) -> Any:
+        return _divided(self, other) if isinstance(other, _NUMBERS) else NotImplemented
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return _divided(other, self) if isinstance(other, _NUMBERS) else NotImplemented
+
+    def __mod__(self, other: Any) -> Any:
+        return _rest(self, other) if isinstance(other, _NUMBERS) else NotImplemented
+
+    def __rmod__(self, other: Any) -> Any:
+        return _rest(other, self) if isinstance(other, _NUMBERS) else NotImplemented
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
+
+    def __neg__(self) -> Any:
+        return size_of(-self.formula)
+
+    __pow__ = __rpow__ = __truediv__ = __rtruediv__ = __round__ = __abs__ = __invert__ = _refused
+    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __and__ = __rand__ = __or__ = __ror__ = _refused
+    __xor__ = __rxor__ = __float__ = _refused
+
+    def __eq__(self, other: object) -> Any:
+        if not isinstance(other, _NUMBERS):
+            return NotImplemented
+        if formula_of(self) == formula_of(other):
+            return True
+        if isinstance(other, int) and not isinstance(other, Size):
+            return bool(self.formula == other) if other in (0, 1) else False
+        return super().__eq__(hint(size_of(other))) and statically_known_true(self.formula == formula(other))
+
+    def __ne__(self, other: object) -> Any:
+        equal = self == other
+        return equal if equal is NotImplemented else not equal
+
     __lt__ = _decided_by(operator.lt)
     __le__ = _decided_by(operator.le)
     __gt__ = _decided_by(operator.gt)
@@ -92,14 +137,8 @@ class Size(int):
     def __hash__(self) -> int:
         return super().__hash__()
 
-    def __neg__(self) -> Any:
-        return size_of(-self.formula)
-
-    def __divmod__(self, other: Any) -> Any:
-        return self // other, self % other
-
     def __bool__(self) -> bool:
-        return bool(self.formula != 0)
+        return self != 0
 
     def __int__(self) -> int:
         """The number, fixed by a guard: whoever asks needs one."""
@@ -110,6 +149,91 @@ class Size(int):
 
     def __deepcopy__(self, memo: object) -> Size:
         return self
+
+
+def same(one: int, other: int) -> bool:
+    """Whether two sizes are the same number at the first call; if so, they are guarded to be."""
+    return hint(one) == hint(other) and bool(formula(one) == formula(other))
+
+
+def at_least(size: int, least: int) -> int:
+    """The size, guarded to be so large; one that is smaller is fixed."""
+    if not isinstance(size, Size):
+        return size
+    return size if hint(size) >= least and size >= least else int(size)
+
+
+def divides(divisor: int, size: int) -> bool:
+    """Whether it does so at all sizes; nothing is guarded."""
+    if isinstance(divisor, Size) or isinstance(size, Size):
+        return _quotient(_expression(size), _expression(divisor)) is not None
+    return divisor != 0 and size % divisor == 0
+
+
+def common_divisor(one: int, other: int) -> int:
+    """The largest that divides both at all sizes."""
+    if isinstance(one, Size) or isinstance(other, Size):
+        return _size_like((one, other), _gcd(_expression(one), _expression(other)))
+    return gcd(one, other)
+
+
+def common_multiple(one: int, other: int) -> int:
+    """The smallest that both divide at all sizes."""
+    return one * (other // common_divisor(one, other)) if one and other else 0
+
+
+def _divided(size: Any, divisor: Any) -> Any:
+    exact = _quotient(_expression(size), _expression(divisor))
+    if exact is not None:
+        return _size_like((size, divisor), exact)
+    return size_of(formula(size) // formula(divisor))
+
+
+def _rest(size: Any, divisor: Any) -> Any:
+    exact = _quotient(_expression(size), _expression(divisor))
+    return 0 if exact is not None else size_of(formula(size) % formula(divisor))
+
+
+def _expression(size: Any) -> sympy.Expr:
+    value = formula(size)
+    return value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
+
+
+def _size_like(sizes: Sequence[Any], expression: sympy.Expr) -> Any:
+    """The size of an expression in the symbols of others."""
+    node = next(value.node for value in map(formula, sizes) if isinstance(value, torch.SymInt))
+    if expression.is_Integer:
+        return int(expression)
+    known = {symbol: node.shape_env.create_symintnode(symbol, hint=None) for symbol in expression.free_symbols}
+    return size_of(sympy_interp(PythonReferenceAnalysis, known, expression))
+
+
+@cache
+def _quotient(size: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr | None:
+    """What the division of two polynomials gives, if it leaves nothing; calls of functions count as variables."""
+    (size, divisor), calls = _polynomials(size, divisor)
+    if divisor == 0:
+        return None
+    variables = sorted(size.free_symbols | divisor.free_symbols, key=str)
+    if not variables:
+        return size // divisor if size % divisor == 0 else None
+    quotient, rest = sympy.div(sympy.Poly(size, *variables, domain="QQ"), sympy.Poly(divisor, *variables, domain="QQ"))
+    if not rest.is_zero or not all(coefficient.is_integer for coefficient in quotient.coeffs()):
+        return None
+    return quotient.as_expr().xreplace(calls)
+
+
+@cache
+def _gcd(one: sympy.Expr, other: sympy.Expr) -> sympy.Expr:
+    (one, other), calls = _polynomials(one, other)
+    return sympy.gcd(one, other).xreplace(calls)
+
+
+def _polynomials(*expressions: sympy.Expr) -> tuple[list[sympy.Expr], dict[sympy.Symbol, sympy.Expr]]:
+    """The expressions with a variable for each call of a function (rounded quotients), and what these stand for."""
+    found = sorted({call for each in expressions for call in each.atoms(sympy.Function)}, key=str)
+    variables = {call: sympy.Dummy(f"call_{number}") for number, call in enumerate(found)}
+    return [sympy.expand(each.xreplace(variables)) for each in expressions], {v: call for call, v in variables.items()}
 
 
 def size_of(value: Any) -> Any:

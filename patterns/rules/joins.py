@@ -72,8 +72,15 @@ def _dropped(op: Op) -> list[Factor]:
 
 
 def _slice_bounds(op: Op, dim: int) -> tuple[int, int, int]:
-    bounds = slice(op.arguments["start"], op.arguments["end"], op.arguments["step"])
-    return bounds.indices(op.operands[0][dim])
+    return _bounds(op, dim, op.results[0][dim])
+
+
+def _bounds(op: Op, dim: int, count: int) -> tuple[int, int, int]:
+    """Where a slice of `count` positions begins, one step behind its last position, and its step."""
+    size, start, step = op.operands[0][dim], op.arguments["start"], op.arguments["step"]
+    start = 0 if start is None else start
+    start = min(max(start + size, 0) if start < 0 else start, size)
+    return start, start + count * step, step
 
 
 def _narrow_bounds(op: Op, dim: int) -> tuple[int, int, int]:
@@ -109,7 +116,7 @@ def _slice_scatter(op: Op) -> list[Factor]:
     dim = dim_of(op, "dim", len(result))
     labels = mixing(range(len(result)), {dim})
     listed = factors_of(op, [labels, labels], [labels])
-    start, end, step = _slice_bounds(op, dim)
+    start, end, step = _bounds(op, dim, op.operands[1][dim])
     if step == 1 and end > start and result[dim] > 1 and 0 not in result:
         listed.append(Factor(result[dim], (whole(result, dim), Span(dim, start, end - start)), (whole(result, dim),)))
     return listed

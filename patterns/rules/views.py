@@ -13,12 +13,13 @@ That covers (B, S) -> (B*S) and back, sizes of 1, and pairs like (4, 6) -> (6, 4
 
 from __future__ import annotations
 
-from math import gcd, lcm, prod
+from math import prod
 from typing import Any
 
 import torch
 
 from paracompile.layout.factors import Factor, Local, Op, Rule, Shape, Span, whole
+from paracompile.layout.sizes import common_divisor, common_multiple, divides
 from paracompile.patterns.rules.labels import Table, aligned, dim_of, dims_of, dropping, factors_of, mixing
 
 aten = torch.ops.aten
@@ -32,8 +33,8 @@ def reshape(op: Op) -> list[Factor]:
     factors = []
     for dim, (below, above) in enumerate(_digits(operand)):
         for dim_out, (below_out, above_out) in enumerate(_digits(result)):
-            low, high = lcm(below, below_out), gcd(above, above_out)
-            if high % low or high == low:
+            low, high = common_multiple(below, below_out), common_divisor(above, above_out)
+            if not divides(low, high) or high == low:
                 continue
             size = high // low
             span = Span(dim, 0, size, above // high, low // below)
