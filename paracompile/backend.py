@@ -20,6 +20,7 @@ from paracompile.artifacts import Compiled, note_compiled
 from paracompile.calling import as_called, as_called_by_all, verified
 from paracompile.captured import Captured
 from paracompile.compiler import compile_regions, compile_whole
+from paracompile.guards import Guards
 from paracompile.integrations import diffusers
 from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
@@ -81,6 +82,7 @@ def paracompile(
             graph_is_plain(parameters)
         return _whole_on_every_rank(captured, chosen, ranks, found, agreement)
 
+    guards = Guards(captured) if captured.has_open_sizes else None
     lengths = None if chosen.shard_inputs else _lengths(gm, ranks, agreement)
     with agreement.stage("plan") as facts:
         captured.check_gradients()
@@ -101,6 +103,8 @@ def paracompile(
     with agreement.stage("compile"):
         program, compilation = compile_regions(local, chosen, {} if ranks.is_single else inductor_settings())
         compiled = verified(program, captured, found.ints) if chosen.verify else program
+    if guards is not None:
+        guards.share(agreement)
     make_room()
     if chosen.caches and found.cache is None:
         graph_is_plain(parameters)

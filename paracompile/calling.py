@@ -102,6 +102,7 @@ def as_called_by_all(
         groups=(ranks.group, ranks.sequence_group, *(axis.group for axis in (ranks.batch, ranks.ring, ranks.ulysses))),
         compiling=agreement,
         calling=Agreement(agreement.ranks, options.call_timeout, option="call_timeout"),
+        symbols={str(symbol): place for symbol, place in captured.symbols.items()},
     )
 
 

@@ -25,7 +25,7 @@ import paracompile.runtime.kernels  # noqa: F401  (registers attention_with_lse)
 from paracompile.errors import GraphError
 from paracompile.layout.plan import Sharding
 from paracompile.layout.shares import Shares
-from paracompile.layout.sizes import sizes_of
+from paracompile.layout.sizes import hint, sizes_of
 from paracompile.mesh import Ranks
 from paracompile.passes.tokens import in_order_of_arrival
 from paracompile.passes.writer import GraphWriter
@@ -124,14 +124,14 @@ class UnifiedAttention:
     def _go_together(self, attention: AttentionOnTokens, parts: Received) -> bool:
         """Whether the three may go as one, which means as much on each rank, and whether that is cheaper."""
         values = [part.meta["val"] for part in parts]
-        (alike, *others) = [(value.dtype, value.shape[:-3], value.shape[-1]) for value in values]
+        (alike, *others) = [(value.dtype, sizes_of(value)[:-3], sizes_of(value)[-1]) for value in values]
         if self.ranks.ulysses.size == 1 or not self.together or any(other != alike for other in others):
             return False
         queries, keys = attention.queries, attention.keys
         if any(queries.local(rank) != keys.local(rank) for rank in range(self.ranks.sequence_size)):
             return False
-        tokens = max(queries.local(rank) for rank in range(self.ranks.sequence_size))
-        a_token = max(prod(value.shape[:-2]) * self._bytes_of_a_head(value) for value in values)
+        tokens = max(hint(queries.local(rank)) for rank in range(self.ranks.sequence_size))
+        a_token = max(prod(map(hint, sizes_of(value)[:-2])) * self._bytes_of_a_head(value) for value in values)
         return link_of(values[0].device).is_mostly_start(a_token * tokens)
 
     def _bytes_of_a_head(self, value: torch.Tensor) -> int:

@@ -336,7 +336,7 @@ def _only_part(node: fx.Node) -> fx.Node | None:
     if node.target not in (aten.cat.default, aten.stack.default):
         return None
     parts: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
-    holding = [part for part in parts if part.meta["val"].numel()]
+    holding = [part for part in parts if 0 not in map(formula_of, part.meta["val"].shape)]
     return holding[0] if len(holding) == 1 and (len(parts) == 1 or node.target is aten.cat.default) else None
 
 

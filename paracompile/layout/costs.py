@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from paracompile.layout.boundaries import Machine, bytes_exchanged, bytes_summed
 from paracompile.layout.graph import Operation, bytes_of, is_tensor, value_of
 from paracompile.layout.plan import Plan
+from paracompile.layout.sizes import hint
 
 __all__ = ["Cost", "cost_of"]
 
@@ -35,7 +36,7 @@ def cost_of(plan: Plan, flops: Callable[[Operation], int], ranks: int, machine: 
     for operation, amount in work.items():
         part = 1.0
         if operation in plan.cuts:
-            length = plan.cuts[operation].token.length
+            length = hint(plan.cuts[operation].token.length)
             part = max(plan.shares.local((length,), rank) for rank in range(ranks)) / max(1, length)
         fullest += part * amount
     (output,) = plan.operations[0].node.graph.find_nodes(op="output")

@@ -31,6 +31,7 @@ class SharedCall:
         run: takes the graph's arguments.
         name: of the graph, the same on all ranks.
         sizes: what is known about this rank's graph besides, for messages.
+        symbols: by name, the places of sizes that differ from call to call: all ranks must come with the same.
         groups: the names of the process groups that the graph has collectives in.
         compiling, calling: wait for the other ranks, as long as compiling and as long as a call may take.
     """
@@ -41,6 +42,7 @@ class SharedCall:
     groups: Iterable[str]
     compiling: Agreement
     calling: Agreement
+    symbols: Mapping[str, int] = field(default_factory=dict)
     _made_for: Mapping[str, weakref.ref[Any]] = field(init=False)
     _calls: int = 0
 
@@ -50,7 +52,7 @@ class SharedCall:
     def __call__(self, *args: Any) -> Any:
         if not _calling.acquire(blocking=False):
             raise ParacompileError(
-                f"{self._call()}: another thread of this process is in a call of a sharded graph, and ranks whose "
+                f"{self._call(args)}: another thread of this process is in a call of a sharded graph, and ranks whose "
                 "threads come in another order would mix the two. Let one thread make the calls, or put a lock around "
                 "whole generations, and see to it that all ranks make them in the same order"
             )
@@ -61,28 +63,30 @@ class SharedCall:
 
     def _first(self, args: tuple[Any, ...]) -> Any:
         """Kernels may still be built and tuned here, on one rank for longer than on another."""
-        self._meet(self.compiling)
-        with self.compiling.stage(f"end of {self._call()}"):
+        call = self._call(args)
+        self._meet(self.compiling, call)
+        with self.compiling.stage(f"end of {call}"):
             result = self.run(*args)
         self._calls += 1
         return result
 
     def _next(self, args: tuple[Any, ...]) -> Any:
-        self._meet(self.calling)
+        self._meet(self.calling, self._call(args))
         self._calls += 1
         return self.run(*args)
 
-    def _meet(self, agreement: Agreement) -> None:
+    def _meet(self, agreement: Agreement, call: str) -> None:
         for name, group in self._made_for.items():
             if group() is None or group() is not _group(name):
                 raise ParacompileError(
-                    f"{self._call()}: the process group {name!r} that it was compiled for was destroyed. Call "
+                    f"{call}: the process group {name!r} that it was compiled for was destroyed. Call "
                     "torch.compiler.reset(), and compile the model for the group that there is now, with a mesh of it"
                 )
-        agreement.meet(self._call(), own=self.sizes)
+        agreement.meet(call, own=self.sizes)
 
-    def _call(self) -> str:
-        return f"call {self._calls + 1} of {self.name}"
+    def _call(self, args: tuple[Any, ...]) -> str:
+        sizes = ", ".join(f"{name} = {args[place]}" for name, place in self.symbols.items())
+        return f"call {self._calls + 1} of {self.name}" + (f" with {sizes}" if sizes else "")
 
 
 def _group(name: str) -> Any:
