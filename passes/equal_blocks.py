@@ -5,9 +5,11 @@
     h2 = block 1 (40 nodes)            (h2,) = block([h1, w1], like, "0")       h2 = block 1 (100 ATen nodes, copied)
 
 Blocks are modules in lists (`patterns.blocks`), equal if they compute the same on inputs that look alike
-(`patterns.regions`). A block is folded only if it stands by itself: its nodes follow each other, only tensors of known
-sizes enter and leave, and no autocast region is open around it. The caller checks what only tracing shows: that it
-writes to none of its inputs and hands none of them on, and that nobody writes to what leaves it.
+(`patterns.regions`). A block is folded only if it stands by itself: its nodes follow each other, only tensors leave and
+only tensors and sizes enter it, no size depends on data, and no autocast region is open around it. Sizes are calculated
+in front of all blocks: else the first one would calculate them for the others, and be none of their equals. The caller
+checks what only tracing shows: that a block writes to none of its inputs and hands none of them on, and that nobody
+writes to what leaves it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from paracompile.layout.sizes import is_symbol, size_of
+from paracompile.passes.formulas import Formulas
 from paracompile.patterns.autocast import AUTOCAST_EDGES
 from paracompile.patterns.blocks import find_blocks
 from paracompile.patterns.regions import Body, look_of
@@ -61,6 +66,7 @@ class Folded:
 
 def fold_equal_blocks(gm: fx.GraphModule) -> Folded | None:
     """Puts stand-ins in the place of blocks that have an equal; None if there are none. `gm` is not touched."""
+    gm = _with_sizes_in_front(gm)
     found = [body for body in _bodies(gm.graph) if body is not None]
     signatures = {body: body.signature(_look) for body in found}
     count = Counter(signatures.values())
@@ -86,7 +92,8 @@ def fold_equal_blocks(gm: fx.GraphModule) -> Folded | None:
         if node in starts:
             body = starts[node]
             name = names[signatures[body]]
-            stand_in = graph.call_function(STAND_IN, ([outer[source] for source in body.inputs], like[name], name))
+            given = [outer[source] for source in body.inputs if _is_tensor(source)]
+            stand_in = graph.call_function(STAND_IN, (given, like[name], name))
             for place, output in enumerate(body.outputs):
                 outer[output] = graph.call_function(operator.getitem, (stand_in, place))
         if node not in inside and node.op != "placeholder":
@@ -98,13 +105,17 @@ def fold_equal_blocks(gm: fx.GraphModule) -> Folded | None:
 
 
 def unfold(traced: fx.GraphModule, folded: Folded, bodies: Mapping[str, fx.GraphModule]) -> None:
-    """Puts what was traced of each block in the place of its stand-ins, and drops the inputs that they were given."""
+    """Puts what was traced of each block in the place of its stand-ins, and drops the inputs that they were given.
+
+    In what was traced sizes are stated where they are used: those that enter a block are read no more.
+    """
     stand_ins = traced.graph.find_nodes(op="call_function", target=STAND_IN)
     for stand_in, members in zip(stand_ins, folded.members, strict=True):
         inputs, _, name = stand_in.args
         assert isinstance(inputs, (list, tuple))
         body = bodies[str(name)].graph
-        inner = dict(zip(body.find_nodes(op="placeholder"), inputs, strict=True))
+        tensors = [node for node in body.find_nodes(op="placeholder") if isinstance(node.meta["val"], Tensor)]
+        inner = dict(zip(tensors, inputs, strict=True))
         with traced.graph.inserting_before(stand_in):
             for node in body.nodes:
                 if node.op == "get_attr":
@@ -123,6 +134,29 @@ def unfold(traced: fx.GraphModule, folded: Folded, bodies: Mapping[str, fx.Graph
         traced.graph.erase_node(node)
 
 
+def _with_sizes_in_front(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph with all sizes calculated behind its inputs; `gm` itself where no size is open."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    inputs = gm.graph.find_nodes(op="placeholder")
+    for node in inputs:
+        copies[node] = graph.node_copy(node)
+    symbols = {value.node.expr: copies[node] for node in inputs if is_symbol(value := node.meta["example_value"])}
+    if not symbols:
+        return gm
+    formulas = Formulas(graph, symbols)
+    for node in gm.graph.nodes:
+        if node not in copies and _is_size(node):
+            copies[node] = made = formulas.written(size_of(node.meta["example_value"]))
+            if isinstance(made, fx.Node):
+                made.meta["example_value"] = node.meta["example_value"]
+    for node in gm.graph.nodes:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.eliminate_dead_code()
+    return fx.GraphModule(gm, graph)
+
+
 def _bodies(graph: fx.Graph) -> list[Body | None]:
     order = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     place = {node: number for number, node in enumerate(order)}
@@ -137,17 +171,24 @@ def _bodies(graph: fx.Graph) -> list[Body | None]:
 def _body(body: Body, place: Mapping[fx.Node, int]) -> Body | None:
     """The block, if it stands by itself."""
     adjacent = place[body.nodes[-1]] - place[body.nodes[0]] + 1 == len(body.nodes)
-    values = [node.meta.get("example_value") for node in (*body.inputs, *body.outputs)]
-    plain = all(isinstance(value, Tensor) and all(isinstance(size, int) for size in value.shape) for value in values)
+    plain = all(_is_tensor(node) or _is_size(node) for node in body.inputs) and all(map(_is_tensor, body.outputs))
     calls = all(node.op in ("call_function", "call_method") for node in body.nodes)
-    return body if adjacent and plain and calls and not any(map(_is_symbolic, body.nodes)) else None
+    return body if adjacent and plain and calls and not any(map(_depends_on_data, body.nodes)) else None
 
 
-def _is_symbolic(node: fx.Node) -> bool:
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value"), Tensor) and not _depends_on_data(node)
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(size_of(node.meta.get("example_value")), int)
+
+
+def _depends_on_data(node: fx.Node) -> bool:
     value = node.meta.get("example_value")
-    if isinstance(value, Tensor):
-        return not all(isinstance(size, int) for size in value.shape)
-    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+    if isinstance(value, (torch.SymFloat, torch.SymBool)):
+        return True
+    return isinstance(value, (Tensor, torch.SymInt)) and bool(free_unbacked_symbols(value))
 
 
 def _look(node: fx.Node) -> object:

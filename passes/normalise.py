@@ -73,7 +73,6 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
         mapped = write_vmaps(plain, _static_stand_in)
     traced = _trace_folded(mapped, example_inputs, fake_mode) or _trace(mapped, example_inputs, fake_mode)[0]
     _restore_inputs(gm, traced, numbers)
-    _state_sizes(traced)
     for node in list(traced.graph.nodes):
         _respell(node)
     _place_numbers(traced)
@@ -101,7 +100,7 @@ def _trace_folded(
 
 def _shares_memory(body: fx.GraphModule) -> bool:
     """Whether a traced block writes to its inputs, or hands on one or a view of one."""
-    inputs = body.graph.find_nodes(op="placeholder")
+    inputs = [node for node in body.graph.find_nodes(op="placeholder") if isinstance(node.meta["val"], torch.Tensor)]
     (output,) = body.graph.find_nodes(op="output")
     memory = {node.meta["val"].untyped_storage()._cdata for node in inputs}
     return any(node.meta["val"].untyped_storage()._cdata in memory for node in output.all_input_nodes) or any(
@@ -124,6 +123,7 @@ def _trace(gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: FakeTen
             pre_dispatch=True,
             _allow_non_fake_inputs=True,
         )(*stand_ins)
+    _state_sizes(traced)
     return traced, any(written)
 
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,14 +34,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.node import map_aggregate
-from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.errors import GraphError, module_paths
 from paracompile.layout.graph import is_static
-from paracompile.layout.sizes import Size, evaluate, formula_of, free_symbols_of, is_symbol
+from paracompile.layout.sizes import formula_of, free_symbols_of, is_symbol
 from paracompile.passes.first_block_cache import COND
+from paracompile.passes.formulas import Formulas
 from paracompile.patterns.regions import Body, cut_along_blocks, is_view, look_of
 
 __all__ = ["cut_into_regions", "examples_of", "regions_of"]
@@ -242,7 +241,11 @@ class _Cutter:
             inner[node]._dynamo_source = None  # AOTAutograd asks; a region's inputs come from many places
         arguments = [(node.args, node.kwargs) for node in body.nodes]
         symbols = tuple(free_symbols_of((arguments, [self._example(node) for node in body.inputs])))
-        sizes = _Sizes(graph, {symbol: self.symbols[symbol] for symbol in symbols})
+        given = {symbol: graph.placeholder(f"size_{number}") for number, symbol in enumerate(symbols)}
+        for symbol, node in given.items():
+            node.meta["val"] = self.symbols[symbol].meta["val"]
+            node._dynamo_source = None
+        sizes = Formulas(graph, given)
         root = nn.Module()
         for node in body.nodes:
             for source in node.all_input_nodes:
@@ -284,37 +287,6 @@ class _Cutter:
     def _contiguous(self, fake: Tensor) -> Tensor:
         with self.fake_mode, torch.inference_mode(False):
             return torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
-
-
-class _Sizes:
-    """Calculates sizes in a region, from the symbols that are among its inputs."""
-
-    def __init__(self, graph: fx.Graph, symbols: Mapping[sympy.Symbol, fx.Node]) -> None:
-        """Adds an input for each symbol."""
-        self.graph = graph
-        self.proxies: dict[sympy.Symbol, fx.Proxy] = {}
-        self.made: dict[int | str, Any] = {}
-        tracer = GraphAppendingTracer(graph)
-        for number, (symbol, node) in enumerate(symbols.items()):
-            given = graph.placeholder(f"size_{number}")
-            given.meta["val"] = node.meta["val"]
-            given._dynamo_source = None
-            self.proxies[symbol] = fx.Proxy(given, tracer)
-
-    def written(self, arguments: Any) -> Any:
-        """The arguments, with nodes in the place of sizes."""
-        return map_aggregate(arguments, lambda argument: self._size(argument))
-
-    def _size(self, argument: Any) -> Any:
-        if not isinstance(argument, Size):
-            return argument
-        key = formula_of(argument)
-        if key not in self.made:
-            made = evaluate(argument, self.proxies)
-            self.made[key] = made.node if isinstance(made, fx.Proxy) else made
-            if isinstance(made, fx.Proxy):
-                made.node.meta["val"] = argument.formula
-        return self.made[key]
 
 
 def _joined(bodies: Sequence[Body | None], shared: set[Body], along_blocks: bool) -> list[Body | None]:

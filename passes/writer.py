@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import has_free_symbols
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from paracompile.layout.sizes import sizes_in, symbols_in
@@ -53,7 +53,7 @@ class GraphWriter:
             return self._known[key]
         with self._fake_mode, torch.inference_mode(False), torch.no_grad():
             made = target(*symbols_in(args), **symbols_in(kwargs))
-        if all(isinstance(value, torch.Tensor) and not has_free_symbols(value) for value in tree_leaves(made)):
+        if all(isinstance(value, torch.Tensor) and not free_unbacked_symbols(value) for value in tree_leaves(made)):
             self._known[key] = made
         return made
 

@@ -10,15 +10,17 @@ asks for the `hint`, the number at the first call, and guards nothing.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping
 from functools import cache
 from math import gcd
 from typing import Any
 
 import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols, statically_known_true
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols, free_unbacked_symbols, statically_known_true
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._sympy.functions import FloorDiv, Mod
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -40,68 +42,168 @@ __all__ = [
 ]
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, _NUMBERS)
+
+
+def _expression(size: Any) -> sympy.Expr:
+    if isinstance(size, Size):
+        return size.expression
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def _symbolic(env: ShapeEnv, expression: sympy.Expr) -> Any:
+    if expression.is_Integer:
+        return int(expression)
+    return env.create_symintnode(expression, hint=int(_at_first_call(env, expression)))
+
+
+def _at_first_call(env: ShapeEnv, expression: sympy.Expr) -> sympy.Expr:
+    return expression.xreplace({symbol: env.backed_var_to_val[symbol] for symbol in expression.free_symbols})
+
+
+# Calculating with expressions
+
+
+@cache
+def _sum(one: sympy.Expr, other: sympy.Expr) -> sympy.Expr:
+    return one + other
+
+
+@cache
+def _difference(one: sympy.Expr, other: sympy.Expr) -> sympy.Expr:
+    return one - other
+
+
+@cache
+def _product(one: sympy.Expr, other: sympy.Expr) -> sympy.Expr:
+    return sympy.expand(one * other)
+
+
+@cache
+def _quotient(size: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+    exact = _exact_quotient(size, divisor)
+    return FloorDiv(size, divisor) if exact is None else exact
+
+
+@cache
+def _rest(size: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+    return sympy.Integer(0) if _exact_quotient(size, divisor) is not None else Mod(size, divisor)
+
+
+@cache
+def _exact_quotient(size: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr | None:
+    """What the division of two polynomials gives, if it leaves nothing; calls of functions count as variables."""
+    (size, divisor), calls = _polynomials(size, divisor)
+    if divisor == 0:
+        return None
+    variables = sorted(size.free_symbols | divisor.free_symbols, key=str)
+    if not variables:
+        return size // divisor if size % divisor == 0 else None
+    quotient, rest = sympy.div(sympy.Poly(size, *variables, domain="QQ"), sympy.Poly(divisor, *variables, domain="QQ"))
+    if not rest.is_zero or not all(coefficient.is_integer for coefficient in quotient.coeffs()):
+        return None
+    return quotient.as_expr().xreplace(calls)
+
+
+@cache
+def _largest_common_divisor(one: sympy.Expr, other: sympy.Expr) -> sympy.Expr:
+    (one, other), calls = _polynomials(one, other)
+    return sympy.gcd(one, other).xreplace(calls)
+
+
+def _polynomials(*expressions: sympy.Expr) -> tuple[list[sympy.Expr], dict[sympy.Symbol, sympy.Expr]]:
+    """The expressions with a variable for each call of a function (a rounded quotient), and what these stand for."""
+    calls: dict[sympy.Expr, sympy.Symbol] = {}
+
+    def polynomial(each: sympy.Expr) -> sympy.Expr:
+        if each.is_Symbol or each.is_Integer:
+            return each
+        if each.is_Add or each.is_Mul or (each.is_Pow and each.exp.is_Integer and each.exp > 0):
+            return each.func(*map(polynomial, each.args))
+        return calls.setdefault(each, sympy.Dummy(f"call_{len(calls)}", integer=True))
+
+    found = [sympy.expand(polynomial(each)) for each in expressions]
+    return found, {variable: call for call, variable in calls.items()}
+
+
 _NUMBERS = (int, torch.SymInt)
 
 
-def _made_of(function: Callable[[Any, Any], Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _calculated(function: Callable[[Any, Any], Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """A calculation on sizes as a method, and the one for a `Size` on the right."""
 
     def method(self: Size, other: Any) -> Any:
-        return size_of(function(self.formula, formula(other))) if isinstance(other, _NUMBERS) else NotImplemented
+        return self._like(function(self.expression, _expression(other))) if _is_number(other) else NotImplemented
 
     def reflected(self: Size, other: Any) -> Any:
-        return size_of(function(formula(other), self.formula)) if isinstance(other, _NUMBERS) else NotImplemented
+        return self._like(function(_expression(other), self.expression)) if _is_number(other) else NotImplemented
 
     return method, reflected
 
 
-def _decided_by(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+def _decided(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     """A comparison of sizes as a method; torch guards what it answers."""
 
     def method(self: Size, other: Any) -> Any:
-        return bool(function(self.formula, formula(other))) if isinstance(other, _NUMBERS) else NotImplemented
+        return self._guarded(function, _expression(other)) if _is_number(other) else NotImplemented
 
     return method
 
 
 def _refused(self: Size, *others: Any) -> Any:
-    raise TypeError(f"{self.formula} is open, and has no such operation: ask for its hint, or fix it by int()")
+    raise TypeError(f"{self.expression} is open, and has no such operation: ask for its hint, or fix it by int()")
 
 
 class Size(int):
     """A size with its formula.
 
-    Two sizes are equal if they are so at all sizes, which nothing is guarded for: at a size at which they happen to be
-    equal, they need not be known to be. Only whether one is 0 or 1 is asked, and guarded. So is what is larger. Sizes
-    are hashed by their numbers at the first call.
-
-    attributes:
-        formula: torch's symbolic integer.
+    Two sizes are equal if they are so at all sizes, which nothing is guarded for: where they only happen to be, nobody
+    need know. Whether one is 0 or 1 is guarded, as is which one is larger. Sizes are hashed by their numbers at the
+    first call.
     """
 
-    formula: torch.SymInt
+    _expression: sympy.Expr
+    _env: ShapeEnv
 
     def __new__(cls, formula: torch.SymInt) -> Size:
         """`formula` follows from sizes that are known at the first call."""
-        size = super().__new__(cls, formula.node.hint)
-        size.formula = formula
+        return cls._of(formula.node.expr, formula.node.hint, formula.node.shape_env)
+
+    @classmethod
+    def _of(cls, expression: sympy.Expr, number: int, env: ShapeEnv) -> Size:
+        size = super().__new__(cls, number)
+        size._expression, size._env = expression, env
         return size
 
-    __add__, __radd__ = _made_of(operator.add)
-    __sub__, __rsub__ = _made_of(operator.sub)
-    __mul__, __rmul__ = _made_of(operator.mul)
+    def _like(self, expression: sympy.Expr) -> int:
+        """What is calculated with this size."""
+        if expression.is_Integer:
+            return int(expression)
+        return Size._of(expression, int(_at_first_call(self._env, expression)), self._env)
 
-    def __floordiv__(self, other: Any) -> Any:
-        return _divided(self, other) if isinstance(other, _NUMBERS) else NotImplemented
+    def _guarded(self, function: Callable[[Any, Any], Any], other: sympy.Expr) -> bool:
+        known = _decisions.setdefault(self._env, {})
+        key = function, self._expression, other
+        if key not in known:
+            known[key] = bool(function(self.formula, _symbolic(self._env, other)))
+        return known[key]
 
-    def __rfloordiv__(self, other: Any) -> Any:
-        return _divided(other, self) if isinstance(other, _NUMBERS) else NotImplemented
+    @property
+    def expression(self) -> sympy.Expr:
+        """The formula in symbols, of which some may by now be known to be others."""
+        return self._env.replace(self._expression)
 
-    def __mod__(self, other: Any) -> Any:
-        return _rest(self, other) if isinstance(other, _NUMBERS) else NotImplemented
+    @property
+    def formula(self) -> torch.SymInt:
+        """Torch's symbolic integer."""
+        return _symbolic(self._env, self.expression)
 
-    def __rmod__(self, other: Any) -> Any:
-        return _rest(other, self) if isinstance(other, _NUMBERS) else NotImplemented
+    __add__, __radd__ = _calculated(_sum)
+    __sub__, __rsub__ = _calculated(_difference)
+    __mul__, __rmul__ = _calculated(_product)
+    __floordiv__, __rfloordiv__ = _calculated(_quotient)
+    __mod__, __rmod__ = _calculated(_rest)
 
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
@@ -110,29 +212,30 @@ class Size(int):
         return other // self, other % self
 
     def __neg__(self) -> Any:
-        return size_of(-self.formula)
+        return 0 - self
 
     __pow__ = __rpow__ = __truediv__ = __rtruediv__ = __round__ = __abs__ = __invert__ = _refused
     __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __and__ = __rand__ = __or__ = __ror__ = _refused
     __xor__ = __rxor__ = __float__ = _refused
 
     def __eq__(self, other: object) -> Any:
-        if not isinstance(other, _NUMBERS):
+        if not _is_number(other):
             return NotImplemented
-        if formula_of(self) == formula_of(other):
-            return True
-        if isinstance(other, int) and not isinstance(other, Size):
-            return bool(self.formula == other) if other in (0, 1) else False
-        return super().__eq__(hint(size_of(other))) and statically_known_true(self.formula == formula(other))
+        mine, theirs = self.expression, _expression(other)
+        if mine == theirs or theirs in (0, 1):
+            return mine == theirs or self._guarded(operator.eq, theirs)
+        if theirs.is_Integer or hint(self) != hint(size_of(other)):
+            return False
+        return statically_known_true(self.formula == formula(other))
 
     def __ne__(self, other: object) -> Any:
         equal = self == other
         return equal if equal is NotImplemented else not equal
 
-    __lt__ = _decided_by(operator.lt)
-    __le__ = _decided_by(operator.le)
-    __gt__ = _decided_by(operator.gt)
-    __ge__ = _decided_by(operator.ge)
+    __lt__ = _decided(operator.lt)
+    __le__ = _decided(operator.le)
+    __gt__ = _decided(operator.gt)
+    __ge__ = _decided(operator.ge)
 
     def __hash__(self) -> int:
         return super().__hash__()
@@ -151,6 +254,10 @@ class Size(int):
         return self
 
 
+_decisions: weakref.WeakKeyDictionary[ShapeEnv, dict[Any, bool]] = weakref.WeakKeyDictionary()
+"""What was asked before; torch remembers the guard, and takes long to find that out."""
+
+
 def same(one: int, other: int) -> bool:
     """Whether two sizes are the same number at the first call; if so, they are guarded to be."""
     return hint(one) == hint(other) and bool(formula(one) == formula(other))
@@ -166,74 +273,21 @@ def at_least(size: int, least: int) -> int:
 def divides(divisor: int, size: int) -> bool:
     """Whether it does so at all sizes; nothing is guarded."""
     if isinstance(divisor, Size) or isinstance(size, Size):
-        return _quotient(_expression(size), _expression(divisor)) is not None
+        return _exact_quotient(_expression(size), _expression(divisor)) is not None
     return divisor != 0 and size % divisor == 0
 
 
 def common_divisor(one: int, other: int) -> int:
     """The largest that divides both at all sizes."""
-    if isinstance(one, Size) or isinstance(other, Size):
-        return _size_like((one, other), _gcd(_expression(one), _expression(other)))
+    for size in (one, other):
+        if isinstance(size, Size):
+            return size._like(_largest_common_divisor(_expression(one), _expression(other)))
     return gcd(one, other)
 
 
 def common_multiple(one: int, other: int) -> int:
     """The smallest that both divide at all sizes."""
     return one * (other // common_divisor(one, other)) if one and other else 0
-
-
-def _divided(size: Any, divisor: Any) -> Any:
-    exact = _quotient(_expression(size), _expression(divisor))
-    if exact is not None:
-        return _size_like((size, divisor), exact)
-    return size_of(formula(size) // formula(divisor))
-
-
-def _rest(size: Any, divisor: Any) -> Any:
-    exact = _quotient(_expression(size), _expression(divisor))
-    return 0 if exact is not None else size_of(formula(size) % formula(divisor))
-
-
-def _expression(size: Any) -> sympy.Expr:
-    value = formula(size)
-    return value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
-
-
-def _size_like(sizes: Sequence[Any], expression: sympy.Expr) -> Any:
-    """The size of an expression in the symbols of others."""
-    node = next(value.node for value in map(formula, sizes) if isinstance(value, torch.SymInt))
-    if expression.is_Integer:
-        return int(expression)
-    known = {symbol: node.shape_env.create_symintnode(symbol, hint=None) for symbol in expression.free_symbols}
-    return size_of(sympy_interp(PythonReferenceAnalysis, known, expression))
-
-
-@cache
-def _quotient(size: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr | None:
-    """What the division of two polynomials gives, if it leaves nothing; calls of functions count as variables."""
-    (size, divisor), calls = _polynomials(size, divisor)
-    if divisor == 0:
-        return None
-    variables = sorted(size.free_symbols | divisor.free_symbols, key=str)
-    if not variables:
-        return size // divisor if size % divisor == 0 else None
-    quotient, rest = sympy.div(sympy.Poly(size, *variables, domain="QQ"), sympy.Poly(divisor, *variables, domain="QQ"))
-    if not rest.is_zero or not all(coefficient.is_integer for coefficient in quotient.coeffs()):
-        return None
-    return quotient.as_expr().xreplace(calls)
-
-
-@cache
-def _gcd(one: sympy.Expr, other: sympy.Expr) -> sympy.Expr:
-    (one, other), calls = _polynomials(one, other)
-    return sympy.gcd(one, other).xreplace(calls)
-
-
-def _polynomials(*expressions: sympy.Expr) -> tuple[list[sympy.Expr], dict[sympy.Symbol, sympy.Expr]]:
-    """The expressions with a variable for each call of a function (rounded quotients), and what these stand for."""
-    found = sorted({call for each in expressions for call in each.atoms(sympy.Function)}, key=str)
-    variables = {call: sympy.Dummy(f"call_{number}") for number, call in enumerate(found)}
-    return [sympy.expand(each.xreplace(variables)) for each in expressions], {v: call for call, v in variables.items()}
 
 
 def size_of(value: Any) -> Any:
@@ -253,10 +307,9 @@ def sizes_of(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(map(size_of, tensor.shape))
 
 
-def formula_of(size: Any) -> int | str:
-    """A number, or the text of a formula: what tells sizes apart that are not the same at each call."""
-    value = formula(size)
-    return str(value.node.expr) if isinstance(value, torch.SymInt) else value
+def formula_of(size: Any) -> int | sympy.Expr:
+    """A number, or a formula in symbols: what tells sizes apart that are not the same at each call."""
+    return _expression(size) if isinstance(size, (Size, torch.SymInt)) else size
 
 
 def sizes_in(tree: Any) -> Any:
@@ -288,8 +341,7 @@ def is_symbol(value: Any) -> bool:
 
 def evaluate(size: Any, symbols: Mapping[sympy.Symbol, Any]) -> Any:
     """A size at the values of its symbols: numbers, or anything that calculates like them."""
-    value = formula(size)
-    return sympy_interp(PythonReferenceAnalysis, symbols, value.node.expr) if isinstance(value, torch.SymInt) else value
+    return sympy_interp(PythonReferenceAnalysis, symbols, _expression(size))
 
 
 def hint(value: int) -> int:

@@ -1,0 +1,43 @@
+"""Writes the calculation of open sizes into a graph: nodes that follow from the graph's symbols."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+from torch import fx
+from torch.fx.node import map_aggregate
+from torch.fx.proxy import GraphAppendingTracer
+
+from paracompile.layout.sizes import Size, evaluate, formula_of
+
+__all__ = ["Formulas"]
+
+
+class Formulas:
+    """The sizes of one graph, each written once, where it is needed first."""
+
+    def __init__(self, graph: fx.Graph, symbols: Mapping[sympy.Symbol, fx.Node]) -> None:
+        """
+        args:
+            symbols: by symbol, the node in the graph that gives its value.
+        """
+        tracer = GraphAppendingTracer(graph)
+        self._symbols = {symbol: fx.Proxy(node, tracer) for symbol, node in symbols.items()}
+        self._written: dict[Any, Any] = {}
+
+    def written(self, arguments: Any) -> Any:
+        """The arguments of a node, with other nodes in the place of sizes."""
+        return map_aggregate(arguments, self._size)
+
+    def _size(self, argument: Any) -> Any:
+        if not isinstance(argument, Size):
+            return argument
+        key = formula_of(argument)
+        if key not in self._written:
+            made = evaluate(argument, self._symbols)
+            if isinstance(made, fx.Proxy):
+                made.node.meta["val"] = argument.formula
+            self._written[key] = made.node if isinstance(made, fx.Proxy) else made
+        return self._written[key]
