@@ -11,8 +11,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import fx, nn
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -36,6 +34,7 @@ from paracompile.runtime.cached_call import graph_compiled, graph_is_plain
 from paracompile.runtime.eight_bits import KINDS
 from paracompile.seen_again import seen_again, seen_again_as_captured
 from paracompile.thresholds import default_rdt
+from paracompile.torch_private import FakeTensorMode, TracingContext, tracing
 from paracompile.warm_up import warm_up
 
 Callback = Callable[..., Any]

@@ -15,18 +15,21 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch._dynamo import convert_frame, eval_frame
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._dynamo.utils import graph_break_reasons
-from torch._guards import CompileContext
 from torch.fx.experimental.symbolic_shapes import free_symbols
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.errors import GraphError, OptionError, ParacompileError
 from paracompile.layout.graph import is_static
 from paracompile.patterns.blocks import find_blocks
 from paracompile.patterns.convolutions import overlaps
 from paracompile.patterns.numbers import Numbers, find_numbers
+from paracompile.torch_private import (
+    CompileContext,
+    InstructionTranslator,
+    convert_frame,
+    eval_frame,
+    graph_break_reasons,
+    is_traceable_wrapper_subclass,
+)
 
 __all__ = ["Captured"]
 

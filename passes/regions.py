@@ -31,14 +31,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.errors import GraphError, module_paths
 from paracompile.layout.graph import is_static
 from paracompile.passes.first_block_cache import COND
 from paracompile.patterns.regions import Body, cut_along_blocks, is_view, look_of
+from paracompile.torch_private import (
+    FakeTensorMode,
+    detect_fake_mode,
+    is_traceable_wrapper_subclass,
+    set_parameter_sources,
+    set_source,
+)
 
 __all__ = ["cut_into_regions", "examples_of", "regions_of"]
 
@@ -226,7 +230,7 @@ class _Cutter:
             inner[node].meta["val"] = self._example(node)
             if node in self.static:
                 inner[node].meta["tensor_dict"] = self.static[node]
-            inner[node]._dynamo_source = None  # AOTAutograd asks; a region's inputs come from many places
+            set_source(inner[node], None)  # a region's inputs come from many places
         root = nn.Module()
         for node in body.nodes:
             for source in node.all_input_nodes:
@@ -244,7 +248,7 @@ class _Cutter:
         graph.output(tuple(inner[node] for node in body.outputs))
         module = fx.GraphModule(root, graph)
         module.meta["dynamo_compile_id"] = None  # its mere presence says that inputs know whether they are parameters
-        module._param_name_to_source = {}  # type: ignore[assignment]
+        set_parameter_sources(module, {})
         return _Region(name, module, self._lay_out(module, [is_view(node) for node in body.outputs]))
 
     def _lay_out(self, module: fx.GraphModule, views: Sequence[bool]) -> tuple[Tensor, ...]:

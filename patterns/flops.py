@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
-from torch._ops import OpOverload
 from torch.utils import flop_counter
 
 import paracompile.runtime.kernels
 import paracompile.runtime.visible  # noqa: F401  (registers attention_to_visible)
 from paracompile.layout.factors import Op
 from paracompile.layout.graph import Operation, shape_of
+from paracompile.torch_private import OpOverload
 
 aten = torch.ops.aten
 

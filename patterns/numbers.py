@@ -17,6 +17,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
+from paracompile.torch_private import SYMBOLIC, refs_tensor
+
 __all__ = ["FILLED", "IN_PLACE", "MADE", "OF_NUMBERS", "Numbers", "find_numbers"]
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
@@ -25,12 +27,12 @@ _FUNCTIONS = ("sqrt", "sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos
 OF_NUMBERS: Mapping[Any, Callable[..., torch.Tensor]] = {
     **{getattr(operator, name): getattr(operator, name) for name in (*_BINARY, "neg", "pos", "abs")},
     **{getattr(operator, f"i{name}"): getattr(operator, name) for name in _BINARY},
-    **{getattr(torch, f"_sym_{name}"): getattr(torch, name) for name in _FUNCTIONS if hasattr(torch, f"_sym_{name}")},
+    **{SYMBOLIC[name]: getattr(torch, name) for name in _FUNCTIONS if name in SYMBOLIC},
     torch.sym_float: operator.pos,
 }
 """Functions that make a number of numbers, and the function of tensors () that does the same."""
 
-MADE = frozenset({torch.scalar_tensor, torch._refs.tensor})
+MADE = frozenset({torch.scalar_tensor, refs_tensor})
 """What makes a tensor () of one number."""
 
 FILLED: Mapping[Any, int] = {torch.full: 1, torch.full_like: 1, "new_full": 2}

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import fx
-from torch._ops import OpOverload
 
 from paracompile.layout.boundaries import Machine, bytes_exchanged, choose
 from paracompile.layout.factors import Place, Rule, Shape
@@ -15,6 +14,7 @@ from paracompile.layout.graph import Operation, Value, is_tensor, operations, va
 from paracompile.layout.places import Attention, Cut, Seed, Spatial, accepts, cut_of, exchanges, propagate, sum_of
 from paracompile.layout.segments import Segments, find_segments
 from paracompile.layout.shares import Lengths, Shares
+from paracompile.torch_private import OpOverload
 
 
 @dataclass(frozen=True)
