@@ -11,8 +11,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import fx, nn
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -37,6 +35,7 @@ from paracompile.runtime.cached_call import graph_compiled, graph_is_plain
 from paracompile.runtime.eight_bits import KINDS
 from paracompile.seen_again import seen_again, seen_again_as_captured
 from paracompile.thresholds import default_rdt
+from paracompile.torch_private import FakeTensorMode, TracingContext, tracing
 from paracompile.warm_up import warm_up
 
 Callback = Callable[..., Any]
@@ -189,9 +188,8 @@ def _rewritten(
         regions=options.regions,
     )
     # In Dynamo's own mode Inductor looks for the symbols of all numbers in each region, and makes constants of them.
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    if captured.has_open_sizes:  # which are guarded there
-        mode = TracingContext.get().fake_mode
+    own = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode = TracingContext.get().fake_mode if captured.has_open_sizes else own  # where sizes are open they are guarded
     with tracing(TracingContext(mode)):
         local = run_passes(captured.gm, captured.example_inputs, passes, after=after)
     return local, reports[-1] if reports else None

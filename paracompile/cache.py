@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 
 from paracompile.errors import OptionError
 from paracompile.options import number
 from paracompile.report.cache_stats import CacheStats, stats_of
 from paracompile.runtime.cached_call import ModelCache, caches_of
 from paracompile.runtime.slots import named
+from paracompile.torch_private import OptimizedModule, innermost_backend
 
 __all__ = ["cache_context", "cache_stats", "reset_cache", "set_rdt"]
 

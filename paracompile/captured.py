@@ -16,12 +16,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch._dynamo import convert_frame, eval_frame
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._dynamo.utils import graph_break_reasons
-from torch._guards import CompileContext
 from torch.fx.experimental.symbolic_shapes import free_symbols
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.errors import GraphError, OptionError, ParacompileError
 from paracompile.layout.graph import is_static
@@ -29,6 +24,14 @@ from paracompile.layout.sizes import is_symbol
 from paracompile.patterns.blocks import find_blocks
 from paracompile.patterns.convolutions import overlaps
 from paracompile.patterns.numbers import Numbers, find_numbers
+from paracompile.torch_private import (
+    CompileContext,
+    InstructionTranslator,
+    convert_frame,
+    eval_frame,
+    graph_break_reasons,
+    is_traceable_wrapper_subclass,
+)
 
 __all__ = ["Captured"]
 
@@ -68,14 +71,18 @@ class Captured:
     @property
     def symbols(self) -> dict[sympy.Symbol, int]:
         """The sizes that may be others in the next call, with the place of each among the inputs."""
-        values = (node.meta.get("example_value") for node in self.placeholders)
-        return {value.node.expr: place for place, value in enumerate(values) if is_symbol(value)}
+        return {
+            value.node.expr: place
+            for place, node in enumerate(self.placeholders)
+            if is_symbol(value := node.meta.get("example_value")) and node not in self.numbers.kept
+        }
 
     @property
     def has_open_sizes(self) -> bool:
-        """Whether a tensor among the inputs has a size that may be another one in the next call."""
-        values = (node.meta.get("example_value") for node in self.placeholders)
-        return any(free_symbols(value) for value in values if isinstance(value, torch.Tensor))
+        """Whether an input has, or is, a size that may be another one in the next call."""
+        kept = self.numbers.kept
+        values = (node.meta.get("example_value") for node in self.placeholders if node not in kept)
+        return any(free_symbols(value) for value in values if isinstance(value, (torch.Tensor, torch.SymInt)))
 
     @property
     def weights(self) -> list[Any]:

@@ -12,17 +12,14 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.utils import counters
-from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._inductor import list_mode_options
-from torch._inductor.async_compile import AsyncCompile
-from torch._inductor.compile_fx import compile_fx
 from tqdm import tqdm
 
 from paracompile.options import Options
 from paracompile.passes.regions import examples_of, regions_of
 from paracompile.report.report import Compilation
 from paracompile.runtime.program import Boxed, Program
+from paracompile.torch_private import TracingContext, counters, detect_fake_mode, is_boxed, tracing
+from paracompile.torch_private.compilers import AsyncCompile, aot_eager, compile_fx, list_mode_options
 
 __all__ = ["compile_regions", "compile_whole"]
 
@@ -89,8 +86,6 @@ def compile_whole(
     if options.compiler == "eager":
         return gm.forward
     if options.compiler == "aot_eager":
-        from torch._dynamo.backends.debugging import aot_eager
-
         return aot_eager(gm, list(example_inputs))
     mode = list_mode_options(options.mode) if options.mode is not None else {}
     patches = {**defaults, **mode, **options.inductor}
@@ -106,7 +101,7 @@ def _boxed(compiled: Compiled) -> Boxed:
     inner: Any = compiled
     while inspect.isfunction(inner) and inner.__code__.co_flags & inspect.CO_VARARGS:
         inner = getattr(inner, "__wrapped__", None)
-    if getattr(inner, "_boxed_call", False):
+    if is_boxed(inner):
         return inner  # type: ignore[no-any-return]
 
     def call(arguments: list[Any]) -> Any:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paracompile.torch_private import OpOverload
+
 if TYPE_CHECKING:
     from torch.fx import Node
 
@@ -134,6 +136,6 @@ def _operator(node: Node) -> str:
         return f"Tensor.{node.target}"
     if isinstance(node.target, str):
         return f"{node.op} {node.target}" if node.op != node.target else node.op
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return str(node.target)
     return str(getattr(node.target, "__name__", None) or type(node.target).__name__)

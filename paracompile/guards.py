@@ -10,13 +10,12 @@ import json
 from typing import Any
 
 import torch
-from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, ShapeEnv
-from torch.utils._sympy.printers import PythonPrinter
 
 from paracompile.captured import Captured
 from paracompile.layout.sizes import hint, size_of
 from paracompile.runtime.agreement import Agreement
+from paracompile.torch_private import PythonPrinter, TracingContext, own_expression
 
 __all__ = ["Guards"]
 
@@ -32,7 +31,9 @@ class Guards:
         self._env: ShapeEnv = env
         self._before = len(env.guards)
         values = {node.name: node.meta.get("example_value") for node in captured.placeholders}
-        self._symbols = {str(value.node._expr): value for value in values.values() if isinstance(value, torch.SymInt)}
+        self._symbols = {
+            str(own_expression(value)): value for value in values.values() if isinstance(value, torch.SymInt)
+        }
 
     def share(self, agreement: Agreement) -> None:
         """Adds those of all other ranks.

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from paracompile.errors import OptionError, ParacompileError
+from paracompile.torch_private import flattened
 
 __all__ = ["AXES", "Axis", "Ranks", "init_mesh", "mesh_shape"]
 
@@ -267,4 +268,4 @@ def _group_of(mesh: DeviceMesh, names: tuple[str, ...]) -> str:
     if mesh.ndim == 1:
         return mesh.get_group().group_name
     part = mesh[names[0] if len(names) == 1 else names]
-    return (part if len(names) == 1 else part._flatten()).get_group().group_name
+    return (part if len(names) == 1 else flattened(part)).get_group().group_name

@@ -174,9 +174,9 @@ class Options:
         self._check_cache()
         object.__setattr__(self, "inductor", _inductor(self.inductor))
         if self.mode is not None:
-            import torch._inductor
+            from paracompile.torch_private.compilers import list_mode_options
 
-            _one_of("mode", self.mode, tuple(torch._inductor.list_mode_options()))
+            _one_of("mode", self.mode, tuple(list_mode_options()))
         if self.compiler != "inductor":
             for key, value in (("mode", self.mode), ("inductor", self.inductor or None)):
                 if value is not None:
@@ -322,7 +322,7 @@ def _inductor(patches: object) -> dict[str, Any]:
         raise OptionError("inductor", patches, 'give a dict of Inductor settings, such as {"max_autotune": True}')
     if not patches:
         return {}
-    from torch._inductor import config
+    from paracompile.torch_private.compilers import config
 
     settings = cast(Any, config)
     known = settings.get_config_copy()

@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
-from torch.utils._ordered_set import OrderedSet
 
 from paracompile.patterns.exchanges import is_collective
+from paracompile.torch_private import OrderedSet
+from paracompile.torch_private.compilers import CustomGraphPass, preserve_node_ordering
 
 aten = torch.ops.aten
 

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_leaves
 
 from paracompile.errors import OptionError
 from paracompile.mesh import Ranks
 from paracompile.options import CACHE_OPTIONS, Options
 from paracompile.quantization import Quantization, quantise
 from paracompile.runtime.agreement import Agreement
+from paracompile.torch_private import tree_leaves
 
 __all__ = ["parallelize"]
 

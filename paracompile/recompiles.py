@@ -13,10 +13,8 @@ from types import CodeType
 from typing import Any
 
 import torch
-from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
-from torch._dynamo.guards import DeletedGuardManagerWrapper
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import CompileContext
+
+from paracompile.torch_private import CompileContext, DeletedGuardManagerWrapper, InstructionTranslator, graphs_of
 
 __all__ = ["MOST_GRAPHS", "make_room"]
 
@@ -32,7 +30,7 @@ def make_room() -> None:
     if compile_id is None or compile_id.frame_compile_id is None:
         return
     _ours.add(compile_id)
-    settings = torch._dynamo.config
+    settings = torch.compiler.config
     settings.recompile_limit = max(settings.recompile_limit, compile_id.frame_compile_id + 2)
     settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, compile_id.frame_compile_id + 2)
     _let_go(InstructionTranslator.current_tx().f_code)
@@ -42,7 +40,7 @@ def _let_go(code: CodeType) -> None:
     """Lets the oldest graphs of a function go."""
     held = [
         entry
-        for entry in _debug_get_cache_entry_list(code)  # the one used last comes first
+        for entry in graphs_of(code)  # the one used last comes first
         if entry.compile_id in _ours and not isinstance(entry.guard_manager, DeletedGuardManagerWrapper)
     ]
     for entry in held[MOST_GRAPHS - 1 :]:  # one more is about to come

@@ -12,16 +12,20 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._dynamo.variables import TensorVariable
-from torch._dynamo.variables.base import VariableTracker
-from torch._ops import OpOverload
-from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from paracompile.layout.graph import writes
+from paracompile.torch_private import (
+    FakeTensor,
+    InstructionTranslator,
+    OpOverload,
+    TensorVariable,
+    TorchDispatchMode,
+    VariableTracker,
+    memory_of,
+    schema_of,
+    tree_leaves,
+)
 
 __all__ = ["seen_again", "seen_again_as_captured"]
 
@@ -48,7 +52,7 @@ def seen_again_as_captured(gm: fx.GraphModule) -> frozenset[int]:
     return frozenset(
         place
         for place, (node, value) in enumerate(zip(placeholders, values, strict=True))
-        if node.name in names or (isinstance(value, Tensor) and _memory(value) in writes.memories)
+        if node.name in names or (isinstance(value, Tensor) and memory_of(value) in writes.memories)
     )
 
 
@@ -67,16 +71,11 @@ class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        for number, argument in enumerate(cast(OpOverload[..., Any], func)._schema.arguments):
+        for number, argument in enumerate(schema_of(cast(OpOverload[..., Any], func)).arguments):
             if argument.is_write:
                 given = args[number] if number < len(args) else kwargs.get(argument.name)
-                self.memories |= {_memory(leaf) for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)}
+                self.memories |= {memory_of(leaf) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
         return func(*args, **kwargs)
-
-
-def _memory(value: Tensor) -> int:
-    address: int = value.untyped_storage()._cdata
-    return address
 
 
 def _handed_back() -> frozenset[str]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import threading
 
 import torch
-from torch._inductor import cpp_builder, cpu_vec_isa  # noqa: F401  (what the thread needs; it must import nothing)
+
+from paracompile.torch_private.compilers import pick_vec_isa
 
 
 def warm_up() -> None:
     """Starts the thread; where there is a GPU there is nothing to ask."""
     if not torch.cuda.is_available():
-        threading.Thread(target=cpu_vec_isa.pick_vec_isa, name="paracompile warm-up", daemon=True).start()
+        threading.Thread(target=pick_vec_isa, name="paracompile warm-up", daemon=True).start()

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch._guards import detect_fake_mode
 
 from paracompile.errors import GraphError
 from paracompile.layout.factors import Place
@@ -33,6 +32,7 @@ from paracompile.passes.tokens import all_tokens
 from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.attention import find_attentions
 from paracompile.patterns.rules import rule_for
+from paracompile.torch_private import detect_fake_mode
 
 Lengths = list[tuple[int, int]]
 """Query and key tokens of each attention in a graph, in order."""

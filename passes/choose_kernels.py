@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
 
 from paracompile.layout.graph import is_tensor, named_arguments
 from paracompile.passes.found import Found
 from paracompile.passes.writer import GraphWriter, in_type
 from paracompile.patterns.kernels import attends, why_not
 from paracompile.runtime.flash import newest_flash
+from paracompile.torch_private import detect_fake_mode
 
 aten = torch.ops.aten
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from paracompile.layout.graph import named_arguments
 from paracompile.passes.mark_blocks import roles_of
 from paracompile.passes.writer import GraphWriter
+from paracompile.torch_private import OpOverload
 
 __all__ = ["compose_padding"]
 

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
 
 import paracompile.runtime.visible  # noqa: F401  (registers the operators)
 from paracompile.layout.graph import is_tensor, named_arguments
 from paracompile.layout.sizes import sizes_of
 from paracompile.passes.found import Found
 from paracompile.passes.writer import GraphWriter, in_type
+from paracompile.torch_private import OpOverload, detect_fake_mode, schema_of
 
 aten = torch.ops.aten
 ours = torch.ops.paracompile
@@ -124,9 +124,9 @@ def _first_alike(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 def _is_pure(node: fx.Node) -> bool:
     target = node.target
     return (
-        isinstance(target, torch._ops.OpOverload)
+        isinstance(target, OpOverload)
         and target.namespace == "aten"
-        and not target._schema.is_mutable
+        and not schema_of(target).is_mutable
         and torch.Tag.nondeterministic_seeded not in target.tags
     )
 

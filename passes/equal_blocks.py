@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from paracompile.layout.sizes import is_symbol, size_of
-from paracompile.passes.formulas import Formulas
+from paracompile.layout.sizes import size_of
+from paracompile.passes.formulas import Formulas, symbols_of
 from paracompile.patterns.autocast import AUTOCAST_EDGES
 from paracompile.patterns.blocks import find_blocks
 from paracompile.patterns.regions import Body, look_of
@@ -141,10 +141,10 @@ def _with_sizes_in_front(gm: fx.GraphModule) -> fx.GraphModule:
     inputs = gm.graph.find_nodes(op="placeholder")
     for node in inputs:
         copies[node] = graph.node_copy(node)
-    symbols = {value.node.expr: copies[node] for node in inputs if is_symbol(value := node.meta["example_value"])}
+    symbols = symbols_of(inputs, "example_value")
     if not symbols:
         return gm
-    formulas = Formulas(graph, symbols)
+    formulas = Formulas(graph, {symbol: copies[node] for symbol, node in symbols.items()})
     for node in gm.graph.nodes:
         if node not in copies and _is_size(node):
             copies[node] = made = formulas.written(size_of(node.meta["example_value"]))

@@ -33,8 +33,6 @@ from math import factorial
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from paracompile.errors import GraphError
 from paracompile.layout.graph import is_tensor, readers_of
@@ -55,6 +53,7 @@ from paracompile.passes.mark_blocks import WATCHED, part_of, roles_of
 from paracompile.passes.writer import GraphWriter, as_float
 from paracompile.patterns.autocast import AUTOCAST_EDGES
 from paracompile.patterns.exchanges import is_collective, is_wait
+from paracompile.torch_private import FakeTensorMode, detect_fake_mode, set_source
 
 __all__ = ["COMPUTE", "COND", "REUSE", "first_block_cache"]
 
@@ -277,7 +276,7 @@ class _Writer:
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(name)
         node.meta["val"] = like
-        node._dynamo_source = None  # AOTAutograd asks where an input comes from: not from the model
+        set_source(node, None)
         return node
 
     def _add_output(self, record: fx.Node) -> None:

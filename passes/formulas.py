@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import sympy
@@ -10,9 +10,9 @@ from torch import fx
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import GraphAppendingTracer
 
-from paracompile.layout.sizes import Size, evaluate, formula_of
+from paracompile.layout.sizes import Size, evaluate, formula_of, is_symbol
 
-__all__ = ["Formulas"]
+__all__ = ["Formulas", "symbols_of", "write_formulas"]
 
 
 class Formulas:
@@ -41,3 +41,24 @@ class Formulas:
                 made.node.meta["val"] = argument.formula
             self._written[key] = made.node if isinstance(made, fx.Proxy) else made
         return self._written[key]
+
+
+def symbols_of(inputs: Iterable[fx.Node], key: str) -> dict[sympy.Symbol, fx.Node]:
+    """The inputs that give symbols their values; what stands for an input has this key in its `meta`."""
+    return {value.node.expr: node for node in inputs if is_symbol(value := node.meta.get(key))}
+
+
+def write_formulas(gm: fx.GraphModule) -> fx.GraphModule:
+    """Makes a graph calculate its sizes itself, from those among its inputs: so it can run without being compiled.
+
+    In place; not in the branches of a conditional, which know no symbols.
+    """
+    inputs = gm.graph.find_nodes(op="placeholder")
+    formulas = Formulas(
+        gm.graph, {value.node.expr: node for node in inputs if is_symbol(value := node.meta.get("val"))}
+    )
+    for node in gm.graph.nodes:
+        with gm.graph.inserting_before(node):
+            node.args, node.kwargs = formulas.written((node.args, node.kwargs))
+    gm.recompile()
+    return gm

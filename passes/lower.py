@@ -22,7 +22,6 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
 
 from paracompile.errors import GraphError
 from paracompile.layout.factors import Operand, Shape
@@ -43,6 +42,7 @@ from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import AUTOCAST_EDGES, ENTER_AUTOCAST
 from paracompile.patterns.rules import rule_for
 from paracompile.runtime.placement import SHARD, UNIFIED_ATTENTION, UNSHARD
+from paracompile.torch_private import detect_fake_mode, parameter_sources, set_parameter_sources
 
 aten = torch.ops.aten
 
@@ -114,8 +114,9 @@ class _Lowering:
         self.write.graph.lint()
         local = fx.GraphModule(self.gm, self.write.graph)
         local.meta.update(self.gm.meta)
-        if hasattr(self.gm, "_param_name_to_source"):
-            local._param_name_to_source = self.gm._param_name_to_source
+        sources = parameter_sources(self.gm)
+        if sources is not None:
+            set_parameter_sources(local, sources)
         return local
 
     def _node(self, node: fx.Node, open_regions: contextlib.ExitStack) -> None:

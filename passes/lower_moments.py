@@ -16,7 +16,6 @@ from math import prod
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from paracompile.layout.graph import Operation
 from paracompile.layout.plan import Sharding
@@ -24,6 +23,7 @@ from paracompile.layout.sizes import sizes_of
 from paracompile.mesh import Axis
 from paracompile.passes.writer import GraphWriter
 from paracompile.runtime.collectives import all_gather
+from paracompile.torch_private import OpOverload
 
 __all__ = ["with_shared_moments"]
 

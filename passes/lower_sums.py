@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from paracompile.layout.graph import Operation, spelled
 from paracompile.mesh import Axis
 from paracompile.passes.writer import GraphWriter
 from paracompile.runtime.collectives import all_reduce
+from paracompile.torch_private import OpOverload
 
 __all__ = ["summed_up"]
 

@@ -28,7 +28,6 @@ from typing import Literal
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
 
 from paracompile.errors import GraphError, OptionError
 from paracompile.layout.graph import is_static, is_tensor
@@ -37,6 +36,7 @@ from paracompile.passes.found import Found, Skipped
 from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import AUTOCAST_EDGES
 from paracompile.patterns.blocks import Joined, Stream, brought_back, find_stream, joined_sources, residual_source
+from paracompile.torch_private import detect_fake_mode
 
 __all__ = ["WATCHED", "Part", "mark_blocks", "part_of", "roles_of"]
 

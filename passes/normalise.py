@@ -25,22 +25,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
-from torch._dynamo.source import ConstantSource
-from torch._functorch._aot_autograd.functional_utils import has_data_mutation
-from torch._guards import Source, detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx, py_sym_types
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+from torch.fx.node import map_aggregate
 from torch.fx.traceback import preserve_node_meta
 
 from paracompile.errors import GraphError
-from paracompile.layout.sizes import size_of
+from paracompile.layout.sizes import Size, size_of
 from paracompile.passes.equal_blocks import STAND_IN, fold_equal_blocks, unfold
 from paracompile.passes.numbers import write_numbers
 from paracompile.passes.strides import spell_strides
@@ -48,10 +43,30 @@ from paracompile.passes.vmap import write_vmaps
 from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import ENTER_AUTOCAST, EXIT_AUTOCAST
 from paracompile.patterns.numbers import Numbers, find_numbers
+from paracompile.torch_private import (
+    ConstantSource,
+    DispatchKey,
+    DispatchKeySet,
+    ExcludeDispatchKeyGuard,
+    FakeTensorMode,
+    FunctionalTensor,
+    FunctionalTensorMode,
+    detect_fake_mode,
+    has_data_mutation,
+    memory_of,
+    parameter_sources,
+    rename,
+    set_grad_enabled,
+    set_parameter_sources,
+    set_source,
+    source_of,
+    tree_map_only,
+    unwrapped,
+)
 
 aten = torch.ops.aten
 
-_DROPPED = {aten._assert_tensor_metadata.default, torch._C._set_grad_enabled}
+_DROPPED = {aten._assert_tensor_metadata.default, set_grad_enabled}
 _RESHAPES = {aten.view.default, aten._unsafe_view.default}
 _FACTORIES = {
     aten.new_zeros.default: aten.zeros.default,
@@ -91,7 +106,7 @@ def _trace_folded(
     if folded is None:
         return None
     traced, written = _trace(folded.gm, [*example_inputs, *folded.like], fake_mode)
-    bodies = {name: _trace(body, [], fake_mode)[0] for name, body in folded.bodies.items()}
+    bodies = {name: _trace(body, _examples(body), fake_mode)[0] for name, body in folded.bodies.items()}
     if written or any(_shares_memory(body) for body in bodies.values()):
         return None
     unfold(traced, folded, bodies)
@@ -102,8 +117,8 @@ def _shares_memory(body: fx.GraphModule) -> bool:
     """Whether a traced block writes to its inputs, or hands on one or a view of one."""
     inputs = [node for node in body.graph.find_nodes(op="placeholder") if isinstance(node.meta["val"], torch.Tensor)]
     (output,) = body.graph.find_nodes(op="output")
-    memory = {node.meta["val"].untyped_storage()._cdata for node in inputs}
-    return any(node.meta["val"].untyped_storage()._cdata in memory for node in output.all_input_nodes) or any(
+    memory = {memory_of(node.meta["val"]) for node in inputs}
+    return any(memory_of(node.meta["val"]) in memory for node in output.all_input_nodes) or any(
         user.target is aten.copy_.default and user.args[0] is node for node in inputs for user in node.users
     )
 
@@ -112,11 +127,11 @@ def _trace(gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: FakeTen
     """The functional graph, and whether anything was written to what leaves a stand-in.
 
     args:
-        example_inputs: what may be written to, to see which of it shares memory; Dynamo's examples say the shapes.
+        example_inputs: which of them share memory is asked where one is written to; for shapes see `_examples`.
     """
     written: list[bool] = []
     with fake_mode, _plain_inference():
-        stand_ins = [_stand_in(node.meta["example_value"]) for node in gm.graph.find_nodes(op="placeholder")]
+        stand_ins = [_stand_in(value) for value in _examples(gm)]
         traced = make_fx(
             lambda *args: _run_functionally(gm, args, example_inputs, written.append),
             tracing_mode="real",  # the inputs are fake
@@ -127,8 +142,16 @@ def _trace(gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: FakeTen
     return traced, any(written)
 
 
+def _examples(gm: fx.GraphModule) -> list[Any]:
+    """Dynamo's fake tensors for the inputs of its graph, whose sizes may be open."""
+    return [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+
+
 def _state_sizes(traced: fx.GraphModule) -> None:
-    """Writes sizes where they are used, by their formulas; the nodes that calculate them are left without readers."""
+    """Writes sizes where they are used, by their formulas; the nodes that calculate them are left without readers.
+
+    One that the graph hands back is fixed.
+    """
 
     def stated(source: fx.Node) -> Any:
         value = source.meta.get("val")
@@ -139,6 +162,8 @@ def _state_sizes(traced: fx.GraphModule) -> None:
     for node in traced.graph.nodes:
         if any(isinstance(source.meta.get("val"), py_sym_types) for source in node.all_input_nodes):
             node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), stated)
+    (output,) = traced.graph.find_nodes(op="output")
+    output.args = map_aggregate(output.args, lambda value: int(value) if isinstance(value, Size) else value)
 
 
 def _respell(node: fx.Node) -> None:
@@ -310,17 +335,17 @@ def _run_functionally(
 
     `written` is told whether anything was written to what leaves a stand-in.
     """
-    excluded = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+    excluded = DispatchKeySet(DispatchKey.Functionalize)
     mode = FunctionalTensorMode(pre_dispatch=True, export=True)
-    with torch._C._ExcludeDispatchKeyGuard(excluded), mode:
+    with ExcludeDispatchKeyGuard(excluded), mode:
         inputs = [FunctionalTensor.to_functional(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
         with preserve_node_meta(), contextlib.ExitStack() as regions:
             interpreter = _Interpreter(gm, regions)
             outputs = interpreter.run(*inputs)
         written(any(map(has_data_mutation, interpreter.from_stand_ins)))
-        outputs = pytree.tree_map_only(FunctionalTensor, _unwrap, outputs)
+        outputs = tree_map_only(FunctionalTensor, unwrapped, outputs)
         mutated = {
-            index: _unwrap(value)
+            index: unwrapped(value)
             for index, value in enumerate(inputs)
             if isinstance(value, FunctionalTensor) and has_data_mutation(value)
         }
@@ -333,9 +358,9 @@ def _run_functionally(
 def _check_unshared(gm: fx.GraphModule, index: int, example_inputs: Sequence[Any]) -> None:
     """A written input is known by its own name only: another that shares its memory would keep the old values."""
     written = example_inputs[index]
-    memory = written.untyped_storage()._cdata
+    memory = memory_of(written)
     for other, value in enumerate(example_inputs):
-        if other != index and isinstance(value, torch.Tensor) and value.untyped_storage()._cdata == memory:
+        if other != index and isinstance(value, torch.Tensor) and memory_of(value) == memory:
             nodes = gm.graph.find_nodes(op="placeholder")
             raise GraphError(
                 nodes[index],
@@ -344,25 +369,20 @@ def _check_unshared(gm: fx.GraphModule, index: int, example_inputs: Sequence[Any
             )
 
 
-def _unwrap(value: FunctionalTensor) -> torch.Tensor:
-    torch._sync(value)  # type: ignore[attr-defined, no-untyped-call]
-    return torch._from_functional_tensor(value.elem)
-
-
 def _restore_inputs(original: fx.GraphModule, traced: fx.GraphModule, numbers: Numbers) -> None:
     """Gives the traced placeholders Dynamo's names, sources and tensor metadata; which are numbers is noted."""
     traced.__class__.__name__ = original.__class__.__name__  # make_fx writes "<lambda>", no name in a readable graph
     traced.meta.update(original.meta)
-    if hasattr(original, "_param_name_to_source"):
+    sources = parameter_sources(original)
+    if sources is not None:
         # Constants that tracing found are buffers of the traced module; AOTAutograd asks where each comes from.
         constants = {name: ConstantSource(name) for name, _ in traced.named_buffers()}
-        sources = cast("dict[str, Source]", original._param_name_to_source)
-        traced._param_name_to_source = {**sources, **constants}  # type: ignore[assignment]
+        set_parameter_sources(traced, {**sources, **constants})
     before = original.graph.find_nodes(op="placeholder")
     after = traced.graph.find_nodes(op="placeholder")
     for place, (old, new) in enumerate(zip(before, after, strict=True)):
         new.meta["number"] = place in numbers.inputs
         kept = {key: old.meta[key] for key in ("tensor_dict", "stack_trace") if key in old.meta}
         new.meta.update(kept)
-        new._dynamo_source = getattr(old, "_dynamo_source", None)
-        new._rename(old.name)
+        set_source(new, source_of(old))
+        rename(new, old.name)

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensor
 
 from paracompile.patterns.numbers import FILLED, IN_PLACE, MADE, OF_NUMBERS, Numbers
+from paracompile.torch_private import FakeTensor
 
 __all__ = ["write_numbers"]
 

@@ -32,16 +32,20 @@ from typing import Any, cast
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.errors import GraphError, module_paths
 from paracompile.layout.graph import is_static
-from paracompile.layout.sizes import formula_of, free_symbols_of, is_symbol
+from paracompile.layout.sizes import formula_of, free_symbols_of
 from paracompile.passes.first_block_cache import COND
-from paracompile.passes.formulas import Formulas
+from paracompile.passes.formulas import Formulas, symbols_of
 from paracompile.patterns.regions import Body, cut_along_blocks, is_view, look_of
+from paracompile.torch_private import (
+    FakeTensorMode,
+    detect_fake_mode,
+    is_traceable_wrapper_subclass,
+    set_parameter_sources,
+    set_source,
+)
 
 __all__ = ["cut_into_regions", "examples_of", "regions_of"]
 
@@ -105,7 +109,7 @@ class _Cutter:
         self.bodies: dict[fx.GraphModule, list[Body | None]] = {}
         self.static = {node: node.meta["tensor_dict"] for node in inputs if is_static(node)}
         self.edges: dict[fx.Node, Any] = examples
-        self.symbols = {value.node.expr: node for node, value in examples.items() if is_symbol(value)}
+        self.symbols = symbols_of(inputs, "val")
         for node, value in zip(inputs, example_inputs, strict=False):  # inputs of our own come last
             if is_traceable_wrapper_subclass(value):  # for which a plain tensor stands in
                 self.edges[node] = fake_mode.from_tensor(cast(Tensor, value), static_shapes=True)
@@ -238,13 +242,13 @@ class _Cutter:
             inner[node].meta["val"] = self._example(node)
             if node in self.static:
                 inner[node].meta["tensor_dict"] = self.static[node]
-            inner[node]._dynamo_source = None  # AOTAutograd asks; a region's inputs come from many places
+            set_source(inner[node], None)  # a region's inputs come from many places
         arguments = [(node.args, node.kwargs) for node in body.nodes]
         symbols = tuple(free_symbols_of((arguments, [self._example(node) for node in body.inputs])))
         given = {symbol: graph.placeholder(f"size_{number}") for number, symbol in enumerate(symbols)}
         for symbol, node in given.items():
             node.meta["val"] = self.symbols[symbol].meta["val"]
-            node._dynamo_source = None
+            set_source(node, None)
         sizes = Formulas(graph, given)
         root = nn.Module()
         for node in body.nodes:
@@ -263,7 +267,7 @@ class _Cutter:
         graph.output(tuple(inner[node] for node in body.outputs))
         module = fx.GraphModule(root, graph)
         module.meta["dynamo_compile_id"] = None  # its mere presence says that inputs know whether they are parameters
-        module._param_name_to_source = {}  # type: ignore[assignment]
+        set_parameter_sources(module, {})
         return _Region(name, module, self._lay_out(module, [is_view(node) for node in body.outputs]), symbols)
 
     def _lay_out(self, module: fx.GraphModule, views: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -104,7 +104,7 @@ def _needed(node: fx.Node, region: Iterable[fx.Node], done: set[fx.Node]) -> lis
 
 
 def _rearrange(graph: fx.Graph, order: Sequence[fx.Node]) -> None:
-    anchor = graph._root
+    anchor = next(iter(graph.nodes)).prev  # the root, behind which the first node stands
     for node in order:
         if anchor.next is not node:
             anchor.append(node)

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.errors import GraphError
 from paracompile.layout.sizes import sizes_of
 from paracompile.passes.writer import GraphWriter, as_float
 from paracompile.runtime.collectives import all_reduce
+from paracompile.torch_private import is_traceable_wrapper_subclass
 
 __all__ = ["SharedScales", "scales_all_at_once"]
 

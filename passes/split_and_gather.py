@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
-from torch._ops import OpOverload
 
 import paracompile.runtime.placement as placement
 from paracompile.layout.factors import Factor
@@ -26,6 +25,7 @@ from paracompile.layout.plan import Plan, Sharding
 from paracompile.passes.found import Found
 from paracompile.passes.mark_blocks import part_of, roles_of
 from paracompile.passes.writer import PROVENANCE
+from paracompile.torch_private import OpOverload
 
 __all__ = ["Form", "neighbours_of", "shardings_of", "split_and_gather"]
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from paracompile.layout.graph import is_tensor, named_arguments
 from paracompile.passes.writer import GraphWriter
+from paracompile.torch_private import detect_fake_mode
 
 aten = torch.ops.aten
 

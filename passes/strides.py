@@ -17,6 +17,7 @@ from torch import fx
 
 from paracompile.errors import GraphError
 from paracompile.passes.writer import GraphWriter
+from paracompile.torch_private import memory_of
 
 aten = torch.ops.aten
 
@@ -97,4 +98,4 @@ def _kind(node: fx.Node) -> tuple[object, ...]:
 
 def _shares_memory(node: fx.Node, other: fx.Node) -> bool:
     one, two = node.meta.get("val"), other.meta["val"]
-    return isinstance(one, torch.Tensor) and one.untyped_storage()._cdata == two.untyped_storage()._cdata
+    return isinstance(one, torch.Tensor) and memory_of(one) == memory_of(two)

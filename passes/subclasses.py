@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.passes.first_block_cache import COND
+from paracompile.torch_private import is_traceable_wrapper_subclass
 
 __all__ = ["dispatch_on_subclasses"]
 

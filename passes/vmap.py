@@ -17,9 +17,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx
-from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack
-from torch._functorch.predispatch import _vmap_decrement_nesting, _vmap_increment_nesting
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from paracompile.torch_private import (
+    get_dynamic_layer_stack_depth,
+    pop_dynamic_layer_stack,
+    vmap_decrement_nesting,
+    vmap_increment_nesting,
+)
 
 __all__ = ["write_vmaps"]
 
@@ -30,7 +35,7 @@ def write_vmaps(gm: fx.GraphModule, stand_in: Callable[[Any], Any]) -> fx.GraphM
     args:
         stand_in: makes a plain fake tensor like an example value; called, as all tracing is done, in the mode outside.
     """
-    if not gm.graph.find_nodes(op="call_function", target=_vmap_increment_nesting):
+    if not gm.graph.find_nodes(op="call_function", target=vmap_increment_nesting):
         return gm
     graph = fx.Graph()
     bodies: dict[str, fx.GraphModule] = {}
@@ -38,12 +43,12 @@ def write_vmaps(gm: fx.GraphModule, stand_in: Callable[[Any], Any]) -> fx.GraphM
     region: list[fx.Node] = []
     depth = 0
     for node in gm.graph.nodes:
-        depth += node.target is _vmap_increment_nesting
+        depth += node.target is vmap_increment_nesting
         if depth == 0:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             continue
         region.append(node)
-        depth -= node.target is _vmap_decrement_nesting
+        depth -= node.target is vmap_decrement_nesting
         if depth == 0:
             name = f"mapped_{len(bodies)}"
             bodies[name] = _call(name, gm, graph, copies, region, stand_in)

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from paracompile.layout.sizes import sizes_in, symbols_in
 from paracompile.patterns.regions import look_of
+from paracompile.torch_private import FakeTensorMode, set_source, source_of, tree_leaves, tree_map_only
 
 __all__ = ["PROVENANCE", "GraphWriter", "as_float", "in_type"]
 
@@ -61,8 +60,8 @@ class GraphWriter:
         """Appends a node as it stands in another graph, with other arguments of the same shapes."""
         copied = self.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
         copied.meta = dict(node.meta)
-        if hasattr(node, "_dynamo_source"):
-            copied._dynamo_source = node._dynamo_source
+        if node.op == "placeholder":
+            set_source(copied, source_of(node))
         return copied
 
     def _mark(self, node: fx.Node) -> None:

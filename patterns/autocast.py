@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from paracompile.torch_private import enter_autocast, exit_autocast
 
 __all__ = ["AUTOCAST_EDGES", "ENTER_AUTOCAST", "EXIT_AUTOCAST"]
 
-ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+ENTER_AUTOCAST = enter_autocast
 """Takes what `torch.autocast` takes."""
 
-EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+EXIT_AUTOCAST = exit_autocast
 """Takes the node that entered."""
 
 AUTOCAST_EDGES = frozenset({ENTER_AUTOCAST, EXIT_AUTOCAST})

@@ -28,6 +28,7 @@ from paracompile.errors import module_paths
 from paracompile.layout.graph import is_tensor, named_arguments
 from paracompile.layout.sizes import sizes_of
 from paracompile.patterns.autocast import ENTER_AUTOCAST, EXIT_AUTOCAST
+from paracompile.torch_private import OpOverload
 
 aten = torch.ops.aten
 
@@ -348,7 +349,7 @@ def _steps(node: fx.Node, window: Window) -> list[tuple[fx.Node, Window]]:
     """Where the stream comes from in one node."""
     if node.target is operator.getitem:
         return _step_of_part(node, window)
-    if not isinstance(node.target, torch._ops.OpOverload) or not is_tensor(node):
+    if not isinstance(node.target, OpOverload) or not is_tensor(node):
         return []
     arguments = named_arguments(node)
     operands = [source for source in node.all_input_nodes if is_tensor(source)]

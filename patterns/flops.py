@@ -10,7 +10,6 @@ from dataclasses import replace
 from math import prod
 
 import torch
-from torch._ops import OpOverload
 from torch.utils import flop_counter
 
 import paracompile.runtime.kernels
@@ -18,6 +17,7 @@ import paracompile.runtime.visible  # noqa: F401  (registers attention_to_visibl
 from paracompile.layout.factors import Op
 from paracompile.layout.graph import Operation, shape_of
 from paracompile.layout.sizes import hint
+from paracompile.torch_private import OpOverload
 
 aten = torch.ops.aten
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 import paracompile.runtime.kernels
 import paracompile.runtime.visible  # noqa: F401  (registers the operators)
 from paracompile.layout.graph import named_arguments
 from paracompile.runtime.functions import FUNCTIONS, takes
+from paracompile.torch_private import tree_leaves
 
 __all__ = ["attends", "why_not", "why_not_by_name"]
 

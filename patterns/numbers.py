@@ -2,7 +2,7 @@
 
 Dynamo takes a number for a constant until it meets a second value, and then for an input: a float as a tensor () that
 is asked for its `item()`, an int as a symbol. Most of them are only calculated with, which a tensor () can be as well.
-An int in a shape, or attention's own scale, must be known while compiling.
+An int in a shape stays a symbol, as the sizes of tensors are; attention's own scale must be known while compiling.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
+from paracompile.torch_private import SYMBOLIC, refs_tensor
+
 __all__ = ["FILLED", "IN_PLACE", "MADE", "OF_NUMBERS", "Numbers", "find_numbers"]
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
@@ -25,12 +27,12 @@ _FUNCTIONS = ("sqrt", "sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos
 OF_NUMBERS: Mapping[Any, Callable[..., torch.Tensor]] = {
     **{getattr(operator, name): getattr(operator, name) for name in (*_BINARY, "neg", "pos", "abs")},
     **{getattr(operator, f"i{name}"): getattr(operator, name) for name in _BINARY},
-    **{getattr(torch, f"_sym_{name}"): getattr(torch, name) for name in _FUNCTIONS if hasattr(torch, f"_sym_{name}")},
+    **{SYMBOLIC[name]: getattr(torch, name) for name in _FUNCTIONS if name in SYMBOLIC},
     torch.sym_float: operator.pos,
 }
 """Functions that make a number of numbers, and the function of tensors () that does the same."""
 
-MADE = frozenset({torch.scalar_tensor, torch._refs.tensor})
+MADE = frozenset({torch.scalar_tensor, refs_tensor})
 """What makes a tensor () of one number."""
 
 FILLED: Mapping[Any, int] = {torch.full: 1, torch.full_like: 1, "new_full": 2}
@@ -69,7 +71,7 @@ class Numbers:
         kept: the nodes that stand for numbers which are only calculated with.
         inputs: the places of all graph inputs that are numbers.
         ints: the places of kept ones that are ints.
-        constants: the symbols of those that are not kept.
+        constants: the symbols of floats that are not kept; an int is a size then, and may be open.
     """
 
     kept: frozenset[fx.Node]
@@ -94,11 +96,12 @@ def find_numbers(graph: fx.Graph) -> Numbers:
     needed = [sources[node] for node in sources if not all(_calculates(user, node) for user in node.users)]
     constant = frozenset[fx.Node]().union(*needed)
     kept = frozenset(node for node in sources if sources[node] - constant)
+    values = [node.meta["example_value"] for node in constant]
     return Numbers(
         kept=kept,
         inputs=frozenset(place for place, node in enumerate(placeholders) if _is_number(node)),
         ints=frozenset(place for place, node in enumerate(placeholders) if node in kept),
-        constants=frozenset().union(*(free_symbols(node.meta["example_value"]) for node in constant)),
+        constants=frozenset().union(*(free_symbols(value) for value in values if isinstance(value, torch.SymFloat))),
     )
 
 

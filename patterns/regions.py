@@ -26,9 +26,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paracompile.errors import module_paths
 from paracompile.layout.graph import is_tensor, readers_of, writes
@@ -36,6 +34,7 @@ from paracompile.layout.sizes import Size, formula_of
 from paracompile.patterns.autocast import AUTOCAST_EDGES, ENTER_AUTOCAST, EXIT_AUTOCAST
 from paracompile.patterns.blocks import find_blocks
 from paracompile.patterns.exchanges import is_collective, is_wait
+from paracompile.torch_private import OpOverload, is_traceable_wrapper_subclass, schema_of
 
 __all__ = ["Body", "cut_along_blocks", "is_view", "look_of"]
 
@@ -45,7 +44,7 @@ _ALIGNMENT = 16  # bytes; Inductor's code for a GPU assumes it of inputs that ha
 def is_view(node: fx.Node) -> bool:
     """Whether a node's value is, or may be, a view of another."""
     target = _producer(node).target
-    return isinstance(target, OpOverload) and any(result.alias_info is not None for result in target._schema.returns)
+    return isinstance(target, OpOverload) and any(result.alias_info is not None for result in schema_of(target).returns)
 
 
 @dataclass(frozen=True, eq=False)

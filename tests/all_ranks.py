@@ -6,11 +6,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import fx
 
+from paracompile import passes as source
 from paracompile.mesh import Ranks
 from paracompile.passes import Found, pipeline, run_passes
+from paracompile.torch_private import parameter_sources, set_parameter_sources, set_source, source_of
+
+_normalised: WeakKeyDictionary[fx.GraphModule, fx.GraphModule] = WeakKeyDictionary()
+
+
+def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """The pass of this name, once for all meshes and settings, which it knows nothing of: it is half of the work."""
+    if gm not in _normalised:
+        _normalised[gm] = source.normalise(gm, example_inputs)
+    made = _normalised[gm]
+    graph = fx.Graph()  # a copy: the passes behind it write to what they are given
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in made.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.op == "placeholder":
+            set_source(copies[node], source_of(node))
+    copy = fx.GraphModule(made, graph, made.__class__.__name__)
+    copy.meta.update(made.meta)
+    sources = parameter_sources(made)
+    if sources is not None:
+        set_parameter_sources(copy, sources)
+    return copy
 
 
 @dataclass(frozen=True)
@@ -38,6 +62,7 @@ def of_all_ranks(
     """Runs the passes for every rank of a mesh, given as sizes by axis; `how` goes to `pipeline`."""
     found = Found()
     first = pipeline(Ranks.simulated(**mesh), found=found, **how)
+    first[0] = replace(first[0], run=normalise)
     names = [step.name for step in first]
     if "lower" not in names:
         graph = run_passes(gm, example_inputs, first, after=after)

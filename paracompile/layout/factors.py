@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
 from paracompile.layout.halos import Halo, Window
 from paracompile.layout.sizes import divides
+from paracompile.torch_private import OpOverload
 
 Shape = tuple[int, ...]
 

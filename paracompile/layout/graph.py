@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from paracompile.layout.factors import Factor, Op, Operand, Rule, Shape
 from paracompile.layout.sizes import hint, size_of
+from paracompile.torch_private import STATIC_INPUT, OpOverload, schema_of
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ def readers_of(node: fx.Node) -> list[fx.Node]:
 
 def writes(node: fx.Node) -> bool:
     """Whether a node writes to its operands."""
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable
 
 
 def is_static(node: fx.Node) -> bool:
     """Whether a graph input is a parameter or a buffer, as Dynamo says: the same at each call, and on all ranks."""
-    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+    return STATIC_INPUT in node.meta.get("tensor_dict", {})
 
 
 def operations(graph: fx.Graph, rule_for: Callable[[OpOverload[..., Any]], Rule | None]) -> list[Operation]:
@@ -139,7 +139,7 @@ def spelled(operation: Operation, operands: Sequence[fx.Node]) -> tuple[tuple[An
     """The positional and keyword arguments of an operation on these operands."""
     assert operation.op is not None
     args, kwargs = [], {}
-    for parameter in operation.op.target._schema.arguments:
+    for parameter in schema_of(operation.op.target).arguments:
         if parameter.name in operation.op.arguments:
             argument = _fill(operation.op.arguments[parameter.name], operands)
             if parameter.kwarg_only:
@@ -161,7 +161,7 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
     """Every argument of an ATen node by its name in the schema, defaults filled in."""
     assert isinstance(node.target, OpOverload)
     named: dict[str, Any] = {}
-    for position, parameter in enumerate(node.target._schema.arguments):
+    for position, parameter in enumerate(schema_of(node.target).arguments):
         if parameter.name in node.kwargs:
             named[parameter.name] = node.kwargs[parameter.name]
         elif position < len(node.args) and not parameter.kwarg_only:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import fx
-from torch._ops import OpOverload
 
 from paracompile.layout.boundaries import Machine, bytes_exchanged, choose
 from paracompile.layout.factors import Place, Rule, Shape
@@ -16,6 +15,7 @@ from paracompile.layout.places import Attention, Cut, Seed, Spatial, accepts, cu
 from paracompile.layout.segments import Segments, find_segments
 from paracompile.layout.shares import Lengths, Shares
 from paracompile.layout.sizes import at_least, hint
+from paracompile.torch_private import OpOverload
 
 
 @dataclass(frozen=True)

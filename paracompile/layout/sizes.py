@@ -14,15 +14,20 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import cache
 from math import gcd
-from typing import Any
+from typing import Any, TypeGuard
 
 import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols, free_unbacked_symbols, statically_known_true
-from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils._sympy.functions import FloorDiv, Mod
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from paracompile.torch_private import (
+    FloorDiv,
+    Mod,
+    PythonReferenceAnalysis,
+    sympy_interp,
+    tree_leaves,
+    tree_map_only,
+)
 
 __all__ = [
     "Size",
@@ -134,10 +139,10 @@ def _calculated(function: Callable[[Any, Any], Any]) -> tuple[Callable[..., Any]
     """A calculation on sizes as a method, and the one for a `Size` on the right."""
 
     def method(self: Size, other: Any) -> Any:
-        return self._like(function(self.expression, _expression(other))) if _is_number(other) else NotImplemented
+        return self.like(function(self.expression, _expression(other))) if _is_number(other) else NotImplemented
 
     def reflected(self: Size, other: Any) -> Any:
-        return self._like(function(_expression(other), self.expression)) if _is_number(other) else NotImplemented
+        return self.like(function(_expression(other), self.expression)) if _is_number(other) else NotImplemented
 
     return method, reflected
 
@@ -146,7 +151,7 @@ def _decided(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     """A comparison of sizes as a method; torch guards what it answers."""
 
     def method(self: Size, other: Any) -> Any:
-        return self._guarded(function, _expression(other)) if _is_number(other) else NotImplemented
+        return self.guarded(function, _expression(other)) if _is_number(other) else NotImplemented
 
     return method
 
@@ -161,43 +166,49 @@ class Size(int):
     Two sizes are equal if they are so at all sizes, which nothing is guarded for: where they only happen to be, nobody
     need know. Whether one is 0 or 1 is guarded, as is which one is larger. Sizes are hashed by their numbers at the
     first call.
+
+    attributes:
+        original: the formula that it was made with, an expression of torch's symbols.
+        env: what torch knows of these symbols.
     """
 
-    _expression: sympy.Expr
-    _env: ShapeEnv
+    original: sympy.Expr
+    env: ShapeEnv
 
     def __new__(cls, formula: torch.SymInt) -> Size:
         """`formula` follows from sizes that are known at the first call."""
-        return cls._of(formula.node.expr, formula.node.hint, formula.node.shape_env)
+        return cls.of(formula.node.expr, formula.node.hint, formula.node.shape_env)
 
     @classmethod
-    def _of(cls, expression: sympy.Expr, number: int, env: ShapeEnv) -> Size:
+    def of(cls, expression: sympy.Expr, number: int, env: ShapeEnv) -> Size:
         size = super().__new__(cls, number)
-        size._expression, size._env = expression, env
+        size.original, size.env = expression, env
         return size
 
-    def _like(self, expression: sympy.Expr) -> int:
+    def like(self, expression: sympy.Expr) -> int:
         """What is calculated with this size."""
         if expression.is_Integer:
             return int(expression)
-        return Size._of(expression, int(_at_first_call(self._env, expression)), self._env)
+        return Size.of(expression, int(_at_first_call(self.env, expression)), self.env)
 
-    def _guarded(self, function: Callable[[Any, Any], Any], other: sympy.Expr) -> bool:
-        known = _decisions.setdefault(self._env, {})
-        key = function, self._expression, other
+    def guarded(self, function: Callable[[Any, Any], Any], other: sympy.Expr) -> bool:
+        """What a comparison with another size answers, now and by a guard at all sizes."""
+        known = _decisions.setdefault(self.env, {})
+        key = function, self.original, other
         if key not in known:
-            known[key] = bool(function(self.formula, _symbolic(self._env, other)))
+            known[key] = bool(function(self.formula, _symbolic(self.env, other)))
         return known[key]
 
     @property
     def expression(self) -> sympy.Expr:
         """The formula in symbols, of which some may by now be known to be others."""
-        return self._env.replace(self._expression)
+        return self.env.replace(self.original)
 
     @property
     def formula(self) -> torch.SymInt:
         """Torch's symbolic integer."""
-        return _symbolic(self._env, self.expression)
+        symbolic: torch.SymInt = _symbolic(self.env, self.expression)
+        return symbolic
 
     __add__, __radd__ = _calculated(_sum)
     __sub__, __rsub__ = _calculated(_difference)
@@ -223,7 +234,7 @@ class Size(int):
             return NotImplemented
         mine, theirs = self.expression, _expression(other)
         if mine == theirs or theirs in (0, 1):
-            return mine == theirs or self._guarded(operator.eq, theirs)
+            return mine == theirs or self.guarded(operator.eq, theirs)
         if theirs.is_Integer or hint(self) != hint(size_of(other)):
             return False
         return statically_known_true(self.formula == formula(other))
@@ -241,7 +252,7 @@ class Size(int):
         return super().__hash__()
 
     def __bool__(self) -> bool:
-        return self != 0
+        return bool(self != 0)
 
     def __int__(self) -> int:
         """The number, fixed by a guard: whoever asks needs one."""
@@ -281,7 +292,7 @@ def common_divisor(one: int, other: int) -> int:
     """The largest that divides both at all sizes."""
     for size in (one, other):
         if isinstance(size, Size):
-            return size._like(_largest_common_divisor(_expression(one), _expression(other)))
+            return size.like(_largest_common_divisor(_expression(one), _expression(other)))
     return gcd(one, other)
 
 
@@ -334,14 +345,14 @@ def free_symbols_of(tree: Any) -> dict[sympy.Symbol, None]:
     return dict.fromkeys(sorted(found, key=str))
 
 
-def is_symbol(value: Any) -> bool:
+def is_symbol(value: Any) -> TypeGuard[torch.SymInt]:
     """Whether it is a symbol itself, whose value a call brings."""
     return isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol)
 
 
 def evaluate(size: Any, symbols: Mapping[sympy.Symbol, Any]) -> Any:
     """A size at the values of its symbols: numbers, or anything that calculates like them."""
-    return sympy_interp(PythonReferenceAnalysis, symbols, _expression(size))
+    return sympy_interp(PythonReferenceAnalysis, dict(symbols), _expression(size))
 
 
 def hint(value: int) -> int:

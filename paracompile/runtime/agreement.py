@@ -38,10 +38,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from paracompile.errors import ParacompileError, RankError
+from paracompile.torch_private import get_default_store
 
 __all__ = ["Agreement"]
 
@@ -83,7 +83,7 @@ class _Session:
         if known is not None and known.world() is dist.group.WORLD:
             return known
         listed = "-".join(map(str, ranks))
-        number = _get_default_store().add(f"paracompile/sessions/{listed}/{dist.get_rank()}", 1)
+        number = get_default_store().add(f"paracompile/sessions/{listed}/{dist.get_rank()}", 1)
         _sessions[ranks] = made = cls(weakref.ref(dist.group.WORLD), f"paracompile/{listed}/{number}")
         return made
 
@@ -165,7 +165,7 @@ class Agreement:
             raise ParacompileError(f"rank {me} is not one of the ranks {_listed(self.ranks)} that are to agree")
         try:
             session = _Session.of(self.ranks)
-            yield PrefixStore(f"{session.name}/{next(session.turns)}", _get_default_store())
+            yield PrefixStore(f"{session.name}/{next(session.turns)}", get_default_store())
         except dist.DistError as failure:
             raise RankError(
                 f"stage {stage!r}: rank {me} lost the store that ranks agree through: the process that serves it "

@@ -15,13 +15,12 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import _resolve_process_group
-from torch.distributed.distributed_c10d import ProcessGroup
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.distributed import ProcessGroup
 
 from paracompile.errors import OptionError, ParacompileError, RankError
 from paracompile.options import InputMode
 from paracompile.runtime.pieces import is_handed_on
+from paracompile.torch_private import device_types_of, group_named, is_traceable_wrapper_subclass
 
 __all__ = ["InputAgreement", "digest"]
 
@@ -81,7 +80,7 @@ class InputAgreement:
         own = [index for index in self.indices if not (self.of_piece and is_handed_on(args[index]))]
         if not own:
             return args
-        group = _resolve_process_group(cast(Any, self.group)) if isinstance(self.group, str) else self.group
+        group = group_named(cast(Any, self.group)) if isinstance(self.group, str) else self.group
         if dist.get_world_size(group) == 1:
             return args
         with torch.no_grad():
@@ -219,7 +218,7 @@ def _bytes(tensor: Tensor) -> int:
 
 def _transport(device: torch.device, group: ProcessGroup) -> torch.device:
     """The device to send a tensor from: its own, or one that the group can use (nccl takes no CPU tensors)."""
-    usable = group._device_types
+    usable = device_types_of(group)
     if not usable or any(each.type == device.type for each in usable):
         return device
     kind = usable[0].type

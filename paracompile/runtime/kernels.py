@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from paracompile.runtime.functions import FUNCTIONS
+from paracompile.torch_private import fused_sdp_choice
 
 aten = torch.ops.aten
 
@@ -179,7 +180,7 @@ def _cuda(
         # The kernels want the numbers of a row of the bias side by side, and its start at a multiple of 16 elements.
         bias = bias if bias.stride(-1) == 1 else bias.contiguous()
         bias = _padded(bias, 16)[..., :keys].expand(*rows_and_heads, queries, keys)
-    chosen = backend or SDPBackend(torch._fused_sdp_choice(query, key, value, bias, 0.0, False, scale=scale))
+    chosen = backend or SDPBackend(fused_sdp_choice(query, key, value, bias, 0.0, False, scale=scale))
     # The members of this enumeration are made anew at each look: `is` never holds.
     if chosen == SDPBackend.FLASH_ATTENTION:
         result, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)

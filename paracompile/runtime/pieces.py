@@ -8,6 +8,8 @@ from typing import Any, cast
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from paracompile.torch_private import version_of
+
 __all__ = ["handing_on", "is_handed_on"]
 
 _handed_on = cast(MutableMapping[Tensor, int | None], WeakIdKeyDictionary())
@@ -32,7 +34,7 @@ def handing_on(
         held = {_memory(agreed[place]) for place in inputs if isinstance(agreed[place], Tensor)}
         for value in outputs:
             if isinstance(value, Tensor) and _memory(value) not in held:
-                _handed_on[value] = _version(value)
+                _handed_on[value] = version_of(value)
         return outputs
 
     return call
@@ -44,8 +46,4 @@ def _memory(value: Tensor) -> int:
 
 def is_handed_on(value: Any) -> bool:
     """Whether a piece returned this, and nobody wrote to it since."""
-    return isinstance(value, Tensor) and value in _handed_on and _handed_on[value] == _version(value)
-
-
-def _version(value: Tensor) -> int | None:
-    return None if value.is_inference() else value._version
+    return isinstance(value, Tensor) and value in _handed_on and _handed_on[value] == version_of(value)

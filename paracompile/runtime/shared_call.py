@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from torch._C._distributed_c10d import _resolve_process_group
-
 from paracompile.errors import ParacompileError
 from paracompile.runtime.agreement import Agreement
+from paracompile.torch_private import group_named
 
 __all__ = ["SharedCall"]
 
@@ -92,6 +91,6 @@ class SharedCall:
 def _group(name: str) -> Any:
     """The group of this name; None if there is none."""
     try:
-        return _resolve_process_group(cast(Any, name))
+        return group_named(cast(Any, name))
     except RuntimeError:
         return None

@@ -25,6 +25,8 @@ from typing import Any
 
 from torch import Tensor
 
+from paracompile.torch_private import version_of
+
 __all__ = [
     "UNKNOWN",
     "Call",
@@ -117,8 +119,7 @@ class _Seen:
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Seen:
-        version = None if tensor.is_inference() else tensor._version
-        return cls(weakref.ref(tensor), tensor.data_ptr(), version)
+        return cls(weakref.ref(tensor), tensor.data_ptr(), version_of(tensor))
 
     def is_same(self, other: _Seen) -> bool:
         tensor = self.reference()

@@ -20,11 +20,11 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed
 from tqdm import tqdm
 
 import paracompile
 from paracompile.errors import ParacompileError
+from paracompile.torch_private import BackendCompilerFailed
 from paracompile.tune.results import Figures, Job, Results
 from paracompile.tune.settings import Setting
 
@@ -181,7 +181,8 @@ class Runner:
         self._wait()
         start = time.perf_counter()
         # Dynamo counts the compiles of all settings together; each may need some for different lengths of prompts.
-        with torch._dynamo.config.patch(recompile_limit=_COMPILES * (1 + len(self._models))):
+        limit = _COMPILES * (1 + len(self._models))
+        with torch.compiler.config.patch(recompile_limit=limit):  # type: ignore[attr-defined]
             output = self.pipeline(prompt=job.prompt, generator=generator, output_type="pil", **self.arguments)
         self._wait()
         seconds = time.perf_counter() - start

@@ -6,12 +6,11 @@ operator without a rule is not an error: its operands are gathered, and it runs 
 
 from __future__ import annotations
 
-from torch._ops import OpOverload
-
 from paracompile.errors import OptionError
 from paracompile.layout.factors import Rule
 from paracompile.patterns.rules import attention, contractions, indexing, joins, pointwise, reductions, views, windows
 from paracompile.patterns.rules.labels import Table, Target, equation
+from paracompile.torch_private import OpOverload, schema_of
 
 __all__ = ["RULES", "register_rule", "rule_for"]
 
@@ -46,7 +45,7 @@ def register_rule(operator: Target, rule: str | Rule) -> None:
         raise OptionError("operator", operator, "give an overload, as torch.ops.mylib.gate.default")
     if operator in RULES or pointwise.is_pointwise(operator):
         raise OptionError("operator", operator, "it has a rule already")
-    if operator._schema.is_mutable:
+    if schema_of(operator).is_mutable:
         raise OptionError("operator", operator, "it writes to an operand: register one that gives a new tensor")
     if isinstance(rule, str) and (rule.count("->") != 1 or not all(c.isalpha() or c in " ,._->" for c in rule)):
         raise OptionError("rule", rule, 'write it as einsum does, one term an operand: "btc, bc -> btc"')

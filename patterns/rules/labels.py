@@ -14,9 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
-from torch._ops import OpOverload
-
 from paracompile.layout.factors import Factor, Op, Rule, Shape, Span, whole
+from paracompile.torch_private import OpOverload
 
 Label = Hashable | None
 Labels = Sequence[Label]

@@ -10,6 +10,7 @@ import torch
 
 from paracompile.layout.factors import Factor, Local, Op, Rule
 from paracompile.patterns.rules.labels import Labels, Table, Target, aligned, factors_of
+from paracompile.torch_private import schema_of
 
 aten = torch.ops.aten
 
@@ -26,8 +27,8 @@ def is_pointwise(target: Target) -> bool:
     return (
         torch.Tag.pointwise in target.tags
         and torch.Tag.nondeterministic_seeded not in target.tags
-        and not target._schema.is_mutable
-        and all(str(result.type) == "Tensor" for result in target._schema.returns)  # `equal` gives a bool
+        and not schema_of(target).is_mutable
+        and all(str(result.type) == "Tensor" for result in schema_of(target).returns)  # `equal` gives a bool
     )
 
 
