@@ -7,6 +7,7 @@ for a size at which that is decided otherwise, Dynamo compiles anew, on this ran
 from __future__ import annotations
 
 import json
+from functools import reduce
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ from paracompile.runtime.agreement import Agreement
 from paracompile.torch_private import PythonPrinter, TracingContext, own_expression
 
 __all__ = ["Guards"]
+
+
+_WITHOUT_GUARDS = {
+    "max": lambda *sizes: reduce(torch.sym_max, sizes),
+    "min": lambda *sizes: reduce(torch.sym_min, sizes),
+}
+"""Python's own would compare."""
 
 
 class Guards:
@@ -44,6 +52,6 @@ class Guards:
         own = [PythonPrinter().doprint(guard.expr) for guard in self._env.guards[self._before :]]
         sizes = {name: hint(size_of(value)) for name, value in self._symbols.items()}
         said = agreement.exchange("guards", facts={"sizes": json.dumps(sizes, sort_keys=True)}, own=json.dumps(own))
-        scope: dict[str, Any] = {**SYMPY_INTERP, **self._symbols}
+        scope: dict[str, Any] = {**SYMPY_INTERP, **_WITHOUT_GUARDS, **self._symbols}
         for text in sorted({text for texts in said for text in json.loads(texts)} - set(own)):
             eval(text, scope)

@@ -12,7 +12,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from paracompile.layout.sizes import Size, evaluate, formula_of, is_symbol
 
-__all__ = ["Formulas", "symbols_of", "write_formulas"]
+__all__ = ["Formulas", "symbols_of"]
 
 
 class Formulas:
@@ -46,19 +46,3 @@ class Formulas:
 def symbols_of(inputs: Iterable[fx.Node], key: str) -> dict[sympy.Symbol, fx.Node]:
     """The inputs that give symbols their values; what stands for an input has this key in its `meta`."""
     return {value.node.expr: node for node in inputs if is_symbol(value := node.meta.get(key))}
-
-
-def write_formulas(gm: fx.GraphModule) -> fx.GraphModule:
-    """Makes a graph calculate its sizes itself, from those among its inputs: so it can run without being compiled.
-
-    In place; not in the branches of a conditional, which know no symbols.
-    """
-    inputs = gm.graph.find_nodes(op="placeholder")
-    formulas = Formulas(
-        gm.graph, {value.node.expr: node for node in inputs if is_symbol(value := node.meta.get("val"))}
-    )
-    for node in gm.graph.nodes:
-        with gm.graph.inserting_before(node):
-            node.args, node.kwargs = formulas.written((node.args, node.kwargs))
-    gm.recompile()
-    return gm

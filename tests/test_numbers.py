@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,8 +20,8 @@ from torch import Tensor, fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from paracompile import cache_context, cache_stats
-from paracompile.passes.formulas import write_formulas
 from paracompile.passes.normalise import normalise
+from paracompile.passes.regions import cut_into_regions
 from paracompile.patterns.numbers import find_numbers
 from paracompile.report.report import Report
 
@@ -40,8 +41,9 @@ def graphs_of(function: Of, x: Tensor) -> list[fx.GraphModule]:
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         ints = find_numbers(gm.graph).ints
-        graph = write_formulas(normalise(gm, example_inputs))
+        graph = normalise(gm, example_inputs)
         graphs.append(graph)
+        graph = cut_into_regions(copy.deepcopy(graph), example_inputs)  # which calculate open sizes
         return lambda *args: graph(*(torch.tensor(a) if place in ints else a for place, a in enumerate(args)))
 
     compiled = torch.compile(function, backend=backend)
@@ -124,7 +126,7 @@ def test_whether_a_number_is_so_is_known(compare: Callable[[float, int], bool]) 
 def test_a_number_is_kept_beside_one_that_is_needed() -> None:
     graphs = graphs_of(lambda x, scale, count: x[:, : count - 2] * scale, draw(3, 9))
     used = [[node.name for node in graph.graph.find_nodes(op="placeholder") if node.users] for graph in graphs]
-    assert used == [["l_x_"], ["l_count_", "l_x_", "l_scale_"]]
+    assert used == [["l_x_"], ["l_x_", "l_scale_"]]
 
 
 class Scaled(Block):

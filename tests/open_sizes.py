@@ -1,0 +1,55 @@
+"""Twelve sizes of each family's inputs: every resolution and every length another, many of which do not divide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from families import ALL_FAMILIES, Inputs
+from torch import nn
+
+_ROWS = (6, 7, 9, 8, 5, 12, 10, 7, 11, 8, 6, 13)
+_COLUMNS = (8, 11, 7, 10, 13, 6, 10, 9, 5, 8, 14, 9)
+_FRAMES = (3, 5, 4, 2, 7, 3, 6, 4, 5, 3, 2, 6)
+_WORDS = (20, 23, 17, 40, 31, 16, 25, 28, 33, 19, 48, 21)
+
+Sizes = dict[str, Any]
+
+
+def _tokens(rows: int, columns: int, frames: int, words: int) -> Sizes:
+    return {"image": (rows, columns), "text": words}
+
+
+def _pixels(rows: int, columns: int, frames: int, words: int) -> Sizes:
+    return {"size": (2 * rows, 2 * columns), "text": words}
+
+
+def _video(rows: int, columns: int, frames: int, words: int) -> Sizes:
+    return {"size": (frames, 2 * rows, 2 * columns), "text": words}
+
+
+_OF: dict[str, Callable[..., Sizes]] = {
+    "flux": _tokens,
+    "stable_diffusion_3": _pixels,
+    "wan": _video,
+    "qwen_image": _tokens,
+    "hunyuan_video": _video,
+}
+
+FAMILIES = tuple(_OF)
+
+
+def built(family: str, number: int, **more: Any) -> tuple[nn.Module, Inputs]:
+    """The family's model and its inputs at one of twelve sizes. The models of all sizes are equal.
+
+    As its pipeline does where no prompt is padded, Qwen-Image is given no mask: with one diffusers makes a tensor of
+    the prompt's length, which Dynamo takes for a constant.
+    """
+    sizes = _OF[family](*(each[number] for each in (_ROWS, _COLUMNS, _FRAMES, _WORDS)))
+    model, inputs = ALL_FAMILIES[family].build(batch=1, **sizes, **more)
+    if family == "qwen_image":
+        inputs["encoder_hidden_states_mask"] = None
+    return model, inputs
+
+
+COUNT = len(_ROWS)

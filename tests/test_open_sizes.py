@@ -1,0 +1,206 @@
+"""One compile serves every size: resolutions, lengths of prompts, numbers in shapes.
+
+The first call is compiled for its size. With the second one the sizes stay open, and no further size compiles anything.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from all_ranks import of_all_ranks
+from capture import assert_equal
+from lockstep import run_lockstep
+from open_sizes import COUNT, FAMILIES, built
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from paracompile.backend import paracompile
+from paracompile.layout.shares import Shares
+from paracompile.layout.sizes import (
+    Size,
+    at_least,
+    common_divisor,
+    common_multiple,
+    divides,
+    evaluate,
+    hint,
+    same,
+    size_of,
+)
+from paracompile.torch_private import ConstantSource, PythonPrinter
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# Sizes
+
+
+@pytest.fixture
+def env() -> ShapeEnv:
+    return ShapeEnv()
+
+
+def opened(env: ShapeEnv, number: int) -> Size:
+    name = f"s{len(env.var_to_range)}"
+    symbol = env.create_symbol(number, ConstantSource(name), DimDynamic.DYNAMIC, constraint_dim=None)
+    size = size_of(env.create_symintnode(symbol, hint=number))
+    assert isinstance(size, Size)
+    return size
+
+
+def guards(env: ShapeEnv) -> list[str]:
+    """As Python, the first size being `a` and the second `b`."""
+    names = dict(zip(env.var_to_range, sympy.symbols("a b", integer=True), strict=False))
+    return [PythonPrinter().doprint(guard.expr.xreplace(names)) for guard in env.guards]
+
+
+def test_a_size_is_a_number_that_knows_its_formula(env: ShapeEnv) -> None:
+    rows, columns = opened(env, 6), opened(env, 8)
+    tokens = 3 * rows * columns + 5
+    assert hint(tokens) == 149
+    assert evaluate(tokens, {rows.expression: 2, columns.expression: 7}) == 47
+    assert (tokens - 5) // columns == 3 * rows
+    assert (tokens - 5) % (3 * rows) == 0
+    assert tokens - 3 * rows * columns == 5
+    assert type(tokens - tokens) is int
+    assert divmod(rows, 4) == (rows // 4, rows % 4)
+    assert divmod(100, rows) == (100 // rows, 100 % rows)
+    assert copy.deepcopy(tokens) is tokens
+    assert not guards(env)
+
+
+def test_what_only_happens_to_be_equal_is_not(env: ShapeEnv) -> None:
+    rows, columns = opened(env, 8), opened(env, 8)
+    assert rows != columns
+    assert rows != 8
+    assert rows * columns == columns * rows
+    assert {rows: "rows", columns: "columns"} == {rows: "rows", columns: "columns"}
+    assert not guards(env)
+
+
+@pytest.mark.parametrize(
+    "decide, guard",
+    [
+        (lambda a, b: a < b, "a < b"),
+        (lambda a, b: max(a, b), "b > a"),
+        (lambda a, b: same(2 * a, b - 4), "(2*a) == ((-4) + b)"),
+        (lambda a, b: a - b // 2 == 0, "(a + (-1)*(b // 2)) != 0"),
+        (lambda a, b: int(a), "a == 6"),
+        (lambda a, b: at_least(a, 4), "a >= 4"),
+        (lambda a, b: at_least(a, 7), "a == 6"),
+    ],
+)
+def test_what_is_decided_is_guarded(env: ShapeEnv, decide: Callable[[Size, Size], object], guard: str) -> None:
+    decide(opened(env, 6), opened(env, 16))
+    assert guards(env) == [guard]
+
+
+@pytest.mark.parametrize("calculate", [lambda a: a / 2, lambda a: a**2, float, lambda a: a << 1, lambda a: 7 & a])
+def test_what_would_lose_the_formula_is_refused(env: ShapeEnv, calculate: Callable[[Size], object]) -> None:
+    with pytest.raises(TypeError, match="is open"):
+        calculate(opened(env, 6))
+
+
+def test_divisors_hold_at_all_sizes(env: ShapeEnv) -> None:
+    rows, columns = opened(env, 6), opened(env, 8)
+    half = columns // 2
+    assert divides(rows, 12 * rows * half)
+    assert not divides(6, rows)  # it only happens to be
+    assert not divides(half, columns)  # not for an odd one
+    assert common_divisor(12 * rows * columns, 8 * rows) == 4 * rows
+    assert common_divisor(6, rows) == 1
+    assert common_multiple(4 * rows, 6 * rows * half) == 12 * rows * half
+    assert (common_divisor(12, 18), common_multiple(4, 6), divides(3, 9), divides(2, 9)) == (6, 12, True, False)
+    assert not guards(env)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_shares_of_an_open_length_are_those_of_each_number(env: ShapeEnv, ranks: int) -> None:
+    image, text = opened(env, 50), opened(env, 20)
+    shares = Shares(ranks, longest=image)
+    for tokens, words in product(range(2 * ranks, 20), repeat=2):
+        known = {image.expression: tokens, text.expression: words}
+        for length, number in ((image, tokens), (text, words)):
+            expected = Shares(ranks, longest=number if length is image else number + 1).of(number)
+            assert tuple(evaluate(size, known) for size in shares.of(length)) == expected
+            assert sum(expected) == number
+        most = evaluate(shares.most((text, image)), known)
+        held = [evaluate(shares.local((text, image), rank), known) for rank in range(ranks)]
+        assert max(held) <= most <= max(held) + 1
+    assert not guards(env)
+
+
+# Models
+
+Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+def check_all_sizes(family: str, backend: Backend, *, calls: int = 1) -> None:
+    """Calls the family's model at all its sizes, and holds it against the model itself."""
+    compiled: list[fx.GraphModule] = []
+
+    def counted(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled.append(gm)
+        return backend(gm, example_inputs)
+
+    model, _ = built(family, 0)
+    again = torch.compile(model, backend=counted, fullgraph=True)
+    for number in range(COUNT):
+        _, inputs = built(family, number)
+        with torch.no_grad():
+            (expected,) = model(**inputs)
+            for _ in range(calls):
+                assert_equal(again(**inputs)[0], expected)
+    assert len(compiled) == 2
+
+
+def in_lockstep(mesh: dict[str, int]) -> Backend:
+    """A backend that runs all ranks' graphs in this process, and hands on what the first one makes."""
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        graphs = of_all_ranks(gm, example_inputs, mesh, regions=True).graphs
+
+        def run(*args: Any) -> Any:
+            first, *others = run_lockstep(graphs, [args] * len(graphs), mesh)
+            for other in others:
+                torch.testing.assert_close(other, first, rtol=0, atol=0)
+            return first
+
+        return run
+
+    return backend
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_rank_with_a_cache(family: str) -> None:
+    def skipping(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return paracompile(gm, example_inputs, options={"compiler": "eager", "rdt": 0.1})
+
+    check_all_sizes(family, skipping, calls=2)
+
+
+MESHES = {"ulysses2": {"ulysses": 2}, "ring2_ulysses2": {"ring": 2, "ulysses": 2}, "ring2": {"ring": 2}}
+
+
+@pytest.mark.parametrize("mesh", ["ulysses2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks(family: str, mesh: str) -> None:
+    check_all_sizes(family, in_lockstep(MESHES[mesh]))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", ["ring2_ulysses2", "ring2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_meshes(family: str, mesh: str) -> None:
+    check_all_sizes(family, in_lockstep(MESHES[mesh]))
