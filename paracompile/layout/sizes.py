@@ -24,6 +24,7 @@ from paracompile.torch_private import (
     FloorDiv,
     Mod,
     PythonReferenceAnalysis,
+    own_expression,
     sympy_interp,
     tree_leaves,
     tree_map_only,
@@ -346,8 +347,11 @@ def free_symbols_of(tree: Any) -> dict[sympy.Symbol, None]:
 
 
 def is_symbol(value: Any) -> TypeGuard[torch.SymInt]:
-    """Whether it is a symbol itself, whose value a call brings."""
-    return isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol)
+    """Whether it is a symbol itself, whose value a call brings, and not known to be another one."""
+    if not isinstance(value, torch.SymInt):
+        return False
+    expression = own_expression(value)
+    return isinstance(expression, sympy.Symbol) and expression == value.node.expr
 
 
 def evaluate(size: Any, symbols: Mapping[sympy.Symbol, Any]) -> Any:
