@@ -71,7 +71,7 @@ def cache_stats(model: nn.Module) -> CacheStats:
         OptionError: not a module, or one that was compiled without `rdt`.
     """
     caches = _caches(model)
-    return stats_of((cache.history for cache in caches), plain=sum(cache.plain for cache in caches))
+    return stats_of((cache.history for cache in caches), plain=sum(cache.plain.total() for cache in caches))
 
 
 def _caches(model: nn.Module) -> list[ModelCache]:

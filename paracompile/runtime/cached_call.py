@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,6 +32,7 @@ __all__ = [
     "graph_compiled",
     "graph_is_plain",
     "held_in",
+    "plain_models",
 ]
 
 _MOST_SLOTS = 8  # of calls of one name, or of none
@@ -123,7 +125,7 @@ class ModelCache:
         history: of the generation that was called last.
         asked: the `rdt` that its last graph was compiled with.
         caches: whether any graph of the model was compiled with a cache; None: none was compiled yet.
-        plain: how many graphs were to have one, and have nothing that it could skip.
+        plain: graphs that were to have one, and have nothing that it could skip: how many, by the reason.
         judged: whether a generation was looked at for steps that can be skipped.
         held: by generation.
     """
@@ -132,7 +134,7 @@ class ModelCache:
     history: History = field(default_factory=History)
     asked: object = None
     caches: bool | None = None
-    plain: int = 0
+    plain: Counter[str] = field(default_factory=Counter)
     judged: bool = False
     held: weakref.WeakKeyDictionary[Generation, Held] = field(default_factory=weakref.WeakKeyDictionary)
 
@@ -196,10 +198,16 @@ def graph_compiled(parameters: Sequence[Tensor], *, rdt: object) -> None:
             )
 
 
-def graph_is_plain(parameters: Sequence[Tensor]) -> None:
+def graph_is_plain(parameters: Sequence[Tensor], why: str) -> None:
     """Notes that a graph of the model with these parameters has nothing to skip."""
     for known in caches_of(parameters)[:1] if parameters else []:
-        known.plain += 1
+        known.plain[why] += 1
+
+
+def plain_models() -> list[ModelCache]:
+    """The models, or pieces of models, of which a graph has nothing to skip."""
+    models = {id(model): model for model in _caches.values()}.values()
+    return [model for model in models if model.plain]
 
 
 def held_in(generation: Generation) -> list[tuple[ModelCache, Held]]:
