@@ -35,7 +35,7 @@ KNOBS: dict[str, str] = {
     "steps": "a letter for each step: 1 computes, 0 skips, ? decides by the threshold",
     "watch": "what tells how much changed: residual or modulation",
     "coefficients": "of the polynomial through which changes add up, with colons between them (1:0: as they are)",
-    "first_blocks": "blocks at the front that are always computed, and decide",
+    "first_blocks": "blocks at the front that are always computed, and decide (0: with --watch modulation)",
     "last_blocks": "blocks at the end that are always computed",
 }
 """The options of the cache by name, and what they are for the help; all but the first are fixed in the graph."""
