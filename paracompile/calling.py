@@ -131,7 +131,7 @@ def verified(run: Callable[..., Any], captured: Captured, ints: frozenset[int]) 
 
 def _state_like(cache: CacheLayout) -> StateLike:
     record, *state = ((tuple(like.shape), like.dtype, like.device) for like in (cache.record, *cache.state))
-    return StateLike(record, tuple(state))
+    return StateLike(record, tuple(state), cache.added)
 
 
 def _signs(cache: CacheLayout) -> CallSigns:

@@ -44,10 +44,12 @@ class StateLike:
 
     attributes:
         record, state: (shape, dtype, device) of each.
+        added: which of the state is what blocks added to a stream.
     """
 
     record: tuple[tuple[int, ...], torch.dtype, torch.device]
     state: tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
+    added: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -128,6 +130,7 @@ class ModelCache:
         plain: graphs that were to have one, and have nothing that it could skip: how many, by the reason.
         judged: whether a generation was looked at for steps that can be skipped.
         held: by generation.
+        observers: are called after each call, with its slot and what blocks added to each stream when last computed.
     """
 
     threshold: float | None = None
@@ -137,6 +140,7 @@ class ModelCache:
     plain: Counter[str] = field(default_factory=Counter)
     judged: bool = False
     held: weakref.WeakKeyDictionary[Generation, Held] = field(default_factory=weakref.WeakKeyDictionary)
+    observers: list[Callable[[Slot, Sequence[Tensor]], None]] = field(default_factory=list)
 
     def slots(self) -> list[Slot]:
         """All that there are."""
@@ -272,6 +276,8 @@ class CachedCall:
             slots.keep(other for other in slots.all if other is not slot)  # some of its state may be written, some not
             raise
         held.remember(self, slot, record)
+        for observe in model.observers:
+            observe(slot, [slot.state[place] for place in self.like.added])
         return tuple(outputs)
 
     def _model(self, args: Sequence[Any]) -> ModelCache:
