@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from paracompile.cache import caches_of_model
 from paracompile.errors import OptionError
+from paracompile.report.cache_stats import names_of
 from paracompile.runtime.cached_call import Slot
 
 __all__ = ["magnitude_ratios", "steps_by_magnitude"]
@@ -51,7 +52,8 @@ def magnitude_ratios(model: nn.Module, generate: Callable[[], object]) -> dict[s
             cache.observers.remove(observe)
     if not sizes:
         raise OptionError("generate", generate, "it calls no graph of the model that has blocks to skip")
-    return {slot.title: [1.0, *map(_ratio, steps[1:], steps)] for slot, steps in sizes.items()}
+    names = names_of(slot.title for slot in sizes)
+    return {name: [1.0, *map(_ratio, steps[1:], steps)] for name, steps in zip(names, sizes.values(), strict=True)}
 
 
 def _ratio(now: Tensor, before: Tensor) -> float:

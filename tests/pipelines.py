@@ -415,14 +415,14 @@ PIPELINES: dict[str, Entry] = {
         {"transformer": changed(lumina2)},
         guided(**PROMPT),
         {**SIZE, **ATTENTION_MASKS},
-        slots("call 1", "call 1 (1)", hits=LEARNS),  # prompts of two lengths are two graphs
+        slots("call 1", "call 1, graph 2", hits=LEARNS),  # prompts of two lengths are two graphs
         fullgraph=False,
     ),
     "Lumina2Pipeline with guidance in the first half": Entry(
         {"transformer": changed(lumina2)},
         guided(**PROMPT),
         {**SIZE, **ATTENTION_MASKS, "cfg_trunc_ratio": 0.5},
-        {"transformer": {"call 1": LEARNS, "call 1 (1)": LEARNS[:3]}},
+        {"transformer": {"call 1": LEARNS, "call 1, graph 2": LEARNS[:3]}},
         fullgraph=False,
     ),
     "OvisImagePipeline": Entry(
@@ -446,7 +446,7 @@ PIPELINES: dict[str, Entry] = {
         Z_IMAGE,
         z_image_prompt,
         {**SIZE, "cfg_truncation": 0.2},
-        {"transformer": {"call 1": LEARNS[:3], "call 1 (1)": SKIPS[:3]}},
+        {"transformer": {"call 1": LEARNS[:3], "call 1, graph 2": SKIPS[:3]}},
         fullgraph=False,
     ),
     "ZImageImg2ImgPipeline": Entry(Z_IMAGE, z_image_prompt, FROM_PICTURE, LEARNING, fullgraph=False),

@@ -11,6 +11,7 @@ import torch
 
 from paracompile.passes.cache_decision import Record
 from paracompile.passes.fingerprints import NUMBERS, changed
+from paracompile.report.cache_stats import names_of
 from paracompile.runtime.cached_call import ModelCache, held_in, plain_models
 from paracompile.runtime.history import Line
 from paracompile.runtime.slots import UNKNOWN, Generation
@@ -36,8 +37,11 @@ def _judge(model: ModelCache, lines: Sequence[Line]) -> None:
     read = [(line, torch.stack(line.records).tolist()) for line in lines]
     if any(record[Record.REUSABLE] for _, records in read for record in records):
         return
+    names = names_of(line.title for line in lines)
     reasons = "; ".join(
-        f"slot {line.title!r}: {_why(line, records)}" for line, records in read if len(records) >= _ENOUGH
+        f"slot {name!r}: {_why(line, records)}"
+        for name, (line, records) in zip(names, read, strict=True)
+        if len(records) >= _ENOUGH
     )
     warnings.warn(
         f"paracompile: rdt is given, but no step of this generation could be skipped. {reasons}. "
