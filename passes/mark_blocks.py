@@ -28,6 +28,7 @@ from typing import Literal
 import torch
 from torch import fx
 from torch._guards import detect_fake_mode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from paracompile.errors import GraphError, OptionError
 from paracompile.layout.graph import is_static, is_tensor
@@ -39,6 +40,7 @@ from paracompile.patterns.blocks import (
     Joined,
     Stream,
     brought_back,
+    find_blocks,
     find_stream,
     joined_sources,
     residual_source,
@@ -94,7 +96,9 @@ def mark_blocks(
 
     raises:
         OptionError: no block is left to skip, or the first block has no product.
+        GraphError: only the data tells how many tokens a block has.
     """
+    _check_sizes(gm.graph)
     stream = find_stream(gm.graph)
     if stream is None:
         return gm
@@ -124,6 +128,17 @@ def mark_blocks(
             _mark(source, f"enter {number}")
     found.skipped = _skipped(gm.graph, stream, paths[first_blocks:end])
     return gm
+
+
+def _check_sizes(graph: fx.Graph) -> None:
+    for block in find_blocks(graph):
+        for node in block.nodes:
+            if is_tensor(node) and free_unbacked_symbols(node.meta["val"]):
+                raise GraphError(
+                    node,
+                    "only the data tells its size, so that nothing can be stored for it between steps",
+                    "leave out fullgraph=True, so that Dynamo breaks the graph where it is read, or leave out rdt",
+                )
 
 
 def _skipped(graph: fx.Graph, stream: Stream, middle: tuple[str, ...]) -> Skipped:
