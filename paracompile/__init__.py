@@ -11,7 +11,7 @@ from paracompile.patterns.rules import register_rule
 from paracompile.pipelines import parallelize
 from paracompile.report.cache_stats import CacheStats
 from paracompile.report.report import Report
-from paracompile.step_plans import steps_by_magnitude
+from paracompile.step_plans import magnitude_ratios, steps_by_magnitude
 
 __all__ = [
     "CacheStats",
@@ -24,6 +24,7 @@ __all__ = [
     "cache_stats",
     "init_mesh",
     "load_compiled",
+    "magnitude_ratios",
     "parallelize",
     "register_rule",
     "reset_cache",

@@ -78,7 +78,7 @@ def paracompile(
         warnings.warn(in_pieces(found.why_a_piece, ranks=ranks, caches=chosen.caches), stacklevel=2)
     if found.why_a_piece is not None and not ranks.is_single and not captured.may_be_shared():
         if chosen.caches:
-            graph_is_plain(parameters)
+            graph_is_plain(parameters, found.why_a_piece)
         return _whole_on_every_rank(captured, chosen, ranks, found, agreement)
 
     guards = Guards(captured) if captured.has_open_sizes else None
@@ -106,7 +106,7 @@ def paracompile(
         guards.share(agreement)
     make_room()
     if chosen.caches and found.cache is None:
-        graph_is_plain(parameters)
+        graph_is_plain(parameters, found.why_a_piece or "the blocks are on no residual stream")
         if found.why_a_piece is None:
             warnings.warn(NO_BLOCKS, stacklevel=2)
     if chosen.kernel != "auto" and found.kernel_declined and not found.kernel_serves:

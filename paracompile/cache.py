@@ -16,7 +16,7 @@ from paracompile.runtime.cached_call import ModelCache, caches_of
 from paracompile.runtime.slots import named
 from paracompile.torch_private import OptimizedModule, innermost_backend
 
-__all__ = ["cache_context", "cache_stats", "reset_cache", "set_rdt"]
+__all__ = ["cache_context", "cache_stats", "caches_of_model", "reset_cache", "set_rdt"]
 
 
 def set_rdt(model: nn.Module, rdt: float) -> None:
@@ -35,7 +35,7 @@ def set_rdt(model: nn.Module, rdt: float) -> None:
     threshold = number("rdt", rdt, remedy)
     if not 0 <= threshold < math.inf:
         raise OptionError("rdt", rdt, remedy)
-    for cache in _caches(model):
+    for cache in caches_of_model(model):
         cache.threshold = threshold
         cache.forget()
 
@@ -70,12 +70,16 @@ def cache_stats(model: nn.Module) -> CacheStats:
     Raises:
         OptionError: not a module, or one that was compiled without `rdt`.
     """
-    caches = _caches(model)
-    return stats_of((cache.history for cache in caches), plain=sum(cache.plain for cache in caches))
+    caches = caches_of_model(model)
+    return stats_of((cache.history for cache in caches), plain=sum(cache.plain.total() for cache in caches))
 
 
-def _caches(model: nn.Module) -> list[ModelCache]:
-    """The caches of a model, which may still be compiled."""
+def caches_of_model(model: nn.Module) -> list[ModelCache]:
+    """The caches of a model, which may still be compiled.
+
+    Raises:
+        OptionError: not a module, or one that was compiled without `rdt`.
+    """
     caches = caches_of(_module(model).parameters())
     wanted = _asks_for_cache(model)
     if wanted is None:

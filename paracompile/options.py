@@ -77,7 +77,8 @@ class Options:
     computed step is compared with `rdt` as it is."""
 
     first_blocks: int = 1
-    """Blocks at the front that are always computed and decide."""
+    """Blocks at the front that are always computed and decide. 0, where "modulation" is watched: none, as in TeaCache;
+    of the first one only what makes its modulation is computed."""
 
     last_blocks: int = 0
     """Blocks at the end that are always computed."""
@@ -207,6 +208,9 @@ class Options:
         _one_of("watch", self.watch, get_args(Watch))
         _check_steps(self.steps)
         object.__setattr__(self, "coefficients", _coefficients(self.coefficients))
+        if self.first_blocks == 0 and type(self.first_blocks) is int and self.watch == "residual":
+            remedy = 'the residual of the first blocks decides: give at least 1, or "watch": "modulation"'
+            raise OptionError("first_blocks", 0, remedy)
         for key in _CACHE_POLICY:
             if getattr(self, key) != _DEFAULTS[key] and not self.caches:
                 raise OptionError(key, getattr(self, key), _FOR_THE_CACHE)
@@ -303,7 +307,7 @@ _CACHE_OPTIONS: tuple[tuple[str, int, int | None], ...] = (
     ("max_consecutive_hits", 1, None),
     ("downsample_factor", 1, None),
     ("taylor_order", 0, 2),
-    ("first_blocks", 1, None),
+    ("first_blocks", 0, None),
     ("last_blocks", 0, None),
 )
 _CACHE_POLICY = ("steps", "watch", "coefficients")

@@ -20,6 +20,7 @@ from paracompile.mesh import Ranks
 from paracompile.options import CACHE_OPTIONS, Options
 from paracompile.quantization import Quantization, quantise
 from paracompile.runtime.agreement import Agreement
+from paracompile.text_encoders import encoders_of, place
 from paracompile.torch_private import tree_leaves
 
 __all__ = ["parallelize"]
@@ -39,6 +40,7 @@ def parallelize(
     mesh: DeviceMesh | None = None,
     quantize: Quantization | None = None,
     vae: bool = False,
+    text_encoders: bool = False,
     output: Output = "all",
     fullgraph: bool = False,
     **options: Any,
@@ -55,6 +57,8 @@ def parallelize(
         mesh: the ranks that share the work, see `init_mesh`; None: all ranks of the world.
         quantize: quantises the transformers' linear layers first, see `quantise`.
         vae: compiles the VAE's encoder and decoder as well; on several ranks they share its images.
+        text_encoders: on several ranks, holds each text encoder on one rank only, which runs it and sends to the others
+            what it gives: it saves memory, and no time. A pipeline that calls parts of an encoder is an error.
         output: on several ranks, "all" returns the result on each; "first" on rank 0, and None elsewhere.
         fullgraph: an error where Dynamo would break a transformer's graph; it then captures more of some models in one.
         options: of the backend, see `Options`: `rdt`, `mode`, ...
@@ -63,7 +67,8 @@ def parallelize(
         the same pipeline.
 
     Raises:
-        OptionError: no transformer in it, or no VAE; an option that cannot work; torchrun's processes did not join.
+        OptionError: no transformer in it, no VAE or no text encoder; an option that cannot work; torchrun's processes
+            did not join.
 
     Example:
         pipe = paracompile.parallelize(FluxPipeline.from_pretrained(...).to("cuda"), rdt=0.08)
@@ -76,6 +81,7 @@ def parallelize(
         raise OptionError("mesh", mesh, remedy)
     ranks = Ranks.from_mesh(mesh)
     denoisers, coders = _denoisers(pipe), _coders(pipe) if vae else {}
+    encoders = encoders_of(pipe) if text_encoders else {}
     for module in denoisers.values():
         if quantize is not None:
             quantise(module, quantize)
@@ -83,11 +89,13 @@ def parallelize(
     uncached = {name: value for name, value in options.items() if name not in CACHE_OPTIONS}
     for module in coders.values():
         module.compile(backend="paracompile", options={"mesh": mesh, **uncached})
+    placed = {} if ranks.is_single else place(encoders, ranks, chosen.timeout)
     if not ranks.is_single:
         _keep_together(pipe, ranks, chosen, output, decodes_together=vae)
     if ranks.flat_rank == 0:
         quantized = {} if quantize is None else {"quantize": quantize}
         said = [_said(pipe, ranks), *_lines(denoisers, {**quantized, **options}), *_lines(coders, uncached)]
+        said += [f"  {name} ({type(encoders[name]).__name__}): on rank {rank}" for name, rank in placed.items()]
         print("\n".join(said))  # noqa: T201 (what it promises)
     return pipe
 

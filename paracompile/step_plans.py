@@ -1,13 +1,63 @@
-"""Plans of steps for the option `steps`, made before anything runs."""
+"""Plans of steps for the option `steps`, made before anything runs, and what they are made of."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
+from torch import Tensor, nn
+
+from paracompile.cache import caches_of_model
 from paracompile.errors import OptionError
+from paracompile.report.cache_stats import names_of
+from paracompile.runtime.cached_call import Slot
 
-__all__ = ["steps_by_magnitude"]
+__all__ = ["magnitude_ratios", "steps_by_magnitude"]
+
+
+def magnitude_ratios(model: nn.Module, generate: Callable[[], object]) -> dict[str, list[float]]:
+    """How large what the blocks add is in each step of a generation, relative to the step before: MagCache's table.
+
+    Run on one rank; what it gives serves on several as well.
+
+    Args:
+        model: compiled with `rdt`; nothing is skipped while it is measured.
+        generate: makes one picture or video with it.
+
+    Returns:
+        by slot, as `cache_stats` calls it: for each step the mean over tokens of the ratio of the two lengths of what
+        is added to the token, the first 1. For `steps_by_magnitude`.
+
+    Raises:
+        OptionError: a model that was compiled without `rdt`, or of which no step was made.
+    """
+    sizes: dict[Slot, list[Tensor]] = {}
+
+    def observe(slot: Slot, added: Sequence[Tensor]) -> None:
+        length = torch.cat([each.detach().float().norm(dim=-1).flatten() for each in added])
+        sizes.setdefault(slot, []).append(length)
+
+    caches = caches_of_model(model)
+    before = [cache.threshold for cache in caches]
+    for cache in caches:
+        cache.threshold = 0.0
+        cache.forget()
+        cache.observers.append(observe)
+    try:
+        generate()
+    finally:
+        for cache, threshold in zip(caches, before, strict=True):
+            cache.threshold = threshold
+            cache.observers.remove(observe)
+    if not sizes:
+        raise OptionError("generate", generate, "it calls no graph of the model that has blocks to skip")
+    names = names_of(slot.title for slot in sizes)
+    return {name: [1.0, *map(_ratio, steps[1:], steps)] for name, steps in zip(names, sizes.values(), strict=True)}
+
+
+def _ratio(now: Tensor, before: Tensor) -> float:
+    return float((now / before).nanmean())  # nothing is added to padding
 
 
 def steps_by_magnitude(ratios: Sequence[float], *, limit: float, most: int, retained: float = 0.2) -> str:

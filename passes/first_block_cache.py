@@ -248,8 +248,10 @@ class _Writer:
         shape[-1] = -(-shape[-1] // self.rules.downsample_factor)
         sample = before.meta["val"]
         with self.fake_mode, torch.inference_mode(False):
-            like = [torch.empty(symbols_in(shape), dtype=sample.dtype, device=sample.device)]
+            like, added = [torch.empty(symbols_in(shape), dtype=sample.dtype, device=sample.device)], []
             for value in kept:
+                if value.enter is not None:
+                    added.append(len(like))
                 made = value.leave.meta["val"]
                 count = self.rules.taylor_order + 1 if value.enter is not None else 1
                 like += [torch.empty(made.shape, dtype=made.dtype, device=made.device) for _ in range(count)]
@@ -265,7 +267,7 @@ class _Writer:
         for value in kept:
             count = self.rules.taylor_order + 1 if value.enter is not None else 1
             self.stored[value.leave], rest = rest[:count], rest[count:]
-        return CacheLayout(control, record, tuple(like), self.skipped)
+        return CacheLayout(control, record, tuple(like), tuple(added), self.skipped)
 
     def _placeholder(self, index: int) -> fx.Node:
         node: fx.Node = self.graph.find_nodes(op="placeholder")[index]

@@ -50,12 +50,14 @@ class CacheLayout:
     attributes:
         control, record: fake tensors like those two inputs; the record is also the last output.
         state: fake tensors like the stored values, the previous residual first.
+        added: the places in `state` of what the skipped blocks added to each stream.
         skipped: what may be skipped.
     """
 
     control: torch.Tensor
     record: torch.Tensor
     state: tuple[torch.Tensor, ...]
+    added: tuple[int, ...]
     skipped: Skipped
 
     @property

@@ -1,7 +1,7 @@
 """Marks what the first block cache may skip, in the graph of the whole model, before it is sharded.
 
     part "front"    embeddings, the first blocks; what depends on no later part          always computed
-    part "middle"   blocks 1..N-1 and the code between them                              computed or skipped
+    part "middle"   blocks 1..N-1 (or 0..N-1) and the code between them                  computed or skipped
     part "back"     the last blocks, if some are kept; norm, projection, output          always computed
 
 Every node gets its part, and nodes that are written for it later (its shards, the exchanges between ranks) inherit it.
@@ -28,6 +28,7 @@ from typing import Literal
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from paracompile.errors import GraphError, OptionError
 from paracompile.layout.graph import is_static, is_tensor
@@ -35,7 +36,16 @@ from paracompile.layout.sizes import hint, sizes_of
 from paracompile.passes.found import Found, Skipped
 from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import AUTOCAST_EDGES
-from paracompile.patterns.blocks import Joined, Stream, brought_back, find_stream, joined_sources, residual_source
+from paracompile.patterns.blocks import (
+    Block,
+    Joined,
+    Stream,
+    brought_back,
+    find_blocks,
+    find_stream,
+    joined_sources,
+    residual_source,
+)
 from paracompile.torch_private import detect_fake_mode
 
 __all__ = ["WATCHED", "Part", "mark_blocks", "part_of", "roles_of"]
@@ -81,13 +91,16 @@ def mark_blocks(
     """Marks the graph's nodes; leaves a graph without repeated blocks as it is, and tells `found` nothing.
 
     args:
-        first_blocks: blocks at the front that are always computed and decide.
+        first_blocks: blocks at the front that are always computed and decide; 0: of the first one only what the
+            "modulation" takes.
         last_blocks: blocks at the end that are always computed.
         watch: what decides, one of `WATCHED`.
 
     raises:
         OptionError: no block is left to skip, or the first block has no product.
+        GraphError: only the data tells how many tokens a block has.
     """
+    _check_sizes(gm.graph)
     stream = find_stream(gm.graph)
     if stream is None:
         return gm
@@ -100,13 +113,15 @@ def mark_blocks(
             f"the model has {len(paths)} blocks, {paths[0]} to {paths[-1]}: with {first_blocks} computed at the front "
             f"and {last_blocks} at the end, none is left to skip",
         )
-    parts = _parts(gm.graph, stream, first_blocks, end)
+    modulation = _modulation(stream) if watch == "modulation" else None
+    parts = _parts(gm.graph, stream, first_blocks, end, modulation)
     for node, part in parts.items():
         node.meta["cache_part"] = part
-    _mark(_start_of_residual(stream, first_blocks), "before")
-    _mark(stream.exits[first_blocks - 1], "after")
-    if watch == "modulation":
-        _mark(_modulation(stream), "modulation")
+    if first_blocks:
+        _mark(_start_of_residual(stream, first_blocks), "before")
+        _mark(stream.exits[first_blocks - 1], "after")
+    if modulation is not None:
+        _mark(modulation, "modulation")
     _take_apart(gm.graph)
     for number, node in enumerate(_leaving(gm.graph)):
         _mark(node, f"leave {number}")
@@ -115,6 +130,17 @@ def mark_blocks(
             _mark(source, f"enter {number}")
     found.skipped = _skipped(gm.graph, stream, paths[first_blocks:end])
     return gm
+
+
+def _check_sizes(graph: fx.Graph) -> None:
+    for block in find_blocks(graph):
+        for node in block.nodes:
+            if is_tensor(node) and free_unbacked_symbols(node.meta["val"]):
+                raise GraphError(
+                    node,
+                    "only the data tells its size, so that nothing can be stored for it between steps",
+                    "leave out fullgraph=True, so that Dynamo breaks the graph where it is read, or leave out rdt",
+                )
 
 
 def _skipped(graph: fx.Graph, stream: Stream, middle: tuple[str, ...]) -> Skipped:
@@ -136,12 +162,14 @@ def _mark(node: fx.Node, role: str) -> None:
     node.meta["cache_roles"] = {**roles_of(node), role: ""}
 
 
-def _parts(graph: fx.Graph, stream: Stream, first: int, end: int) -> dict[fx.Node, Part]:
+def _parts(graph: fx.Graph, stream: Stream, first: int, end: int, modulation: fx.Node | None) -> dict[fx.Node, Part]:
     """The part of every node but the autocast edges outside blocks, which stay where they stand."""
     of_block: dict[fx.Node, Part] = {}
     for index, block in enumerate(stream.blocks):
         part: Part = "front" if index < first else "middle" if index < end else "back"
         of_block.update(dict.fromkeys(block.nodes, part))
+    if not first and modulation is not None:
+        of_block.update(dict.fromkeys(_made_for(modulation, stream.blocks[0]), "front"))
     of_block.update(dict.fromkeys(brought_back(stream, first, end), "middle"))
     feeds_middle: set[fx.Node] = set()
     for node in reversed(graph.nodes):
@@ -255,6 +283,20 @@ def _modulation(stream: Stream) -> fx.Node:
     raise OptionError(
         "watch", "modulation", f"the first block, {stream.blocks[0].path}, has no product on its stream: leave it out"
     )
+
+
+def _made_for(modulation: fx.Node, block: Block) -> set[fx.Node]:
+    """What of a block the modulation depends on, itself included."""
+    inside, found, waiting = set(block.nodes), set[fx.Node](), [modulation]
+    while waiting:
+        node = waiting.pop()
+        if node in inside and node not in found:
+            found.add(node)
+            waiting.extend(node.all_input_nodes)
+    for node in block.nodes[: block.nodes.index(modulation)]:
+        if node.target in AUTOCAST_EDGES:
+            raise OptionError("first_blocks", 0, f"{block.path} begins under an autocast of its own: give at least 1")
+    return found
 
 
 def _times(graph: fx.Graph) -> tuple[int, ...]:

@@ -15,26 +15,30 @@ Requires functional ATen with fake tensors (`normalise`). Nothing is mutated.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import Any
 
 import torch
 from torch import fx
 
 from paracompile.errors import module_paths
-from paracompile.layout.graph import is_tensor, named_arguments
-from paracompile.layout.sizes import sizes_of
+from paracompile.layout.graph import is_tensor, named_arguments, operations
 from paracompile.patterns.autocast import ENTER_AUTOCAST, EXIT_AUTOCAST
-from paracompile.torch_private import OpOverload
+from paracompile.patterns.flops import flops_of
+from paracompile.patterns.origins import (
+    CUTS,
+    KEEPS,
+    REARRANGES,
+    Window,
+    covers,
+    origins,
+    residual_sources,
+    shape_of,
+    size_of,
+    steps,
+)
 
 aten = torch.ops.aten
-
-_KEEPS = {aten.clone.default, aten._to_copy.default, aten.clamp.default, aten.nan_to_num.default, aten.alias.default}
-_REARRANGES = {aten.reshape.default, aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim}
-_CUTS = {aten.split.Tensor, aten.split_with_sizes.default}
 
 
 @dataclass(frozen=True)
@@ -88,32 +92,36 @@ def find_blocks(graph: fx.Graph) -> list[Block]:
 
 
 def find_stream(graph: fx.Graph) -> Stream | None:
-    """The residual stream through the longest run of blocks; None where no two blocks follow each other on one.
+    """The residual stream through the run of blocks with most work; None where no two blocks follow each other on one.
 
     Where none reaches the output, because the last blocks begin with a projection of the stream and an earlier one, it
     is that of the blocks before, if they are more than half of all.
     """
     blocks = find_blocks(graph)
     owner = {node: block for block in blocks for node in block.nodes}
-    to_output = _longest_run(blocks, owner, lambda user, last: user not in owner)
-    if to_output is not None:
-        return to_output
-    run = _longest_run(blocks, owner, lambda user, last: owner.get(user) is not last)
+    to_output = _runs(blocks, owner, lambda user, last: user not in owner)
+    if to_output:
+        return max(to_output, key=_work(graph)) if len(to_output) > 1 else to_output[0]
+    runs = _runs(blocks, owner, lambda user, last: owner.get(user) is not last)
+    run = max(runs, key=lambda stream: len(stream.blocks), default=None)
     return run if run is not None and 2 * len(run.blocks) > len(blocks) else None
 
 
-def _longest_run(
-    blocks: Sequence[Block], owner: dict[fx.Node, Block], ends: Callable[[fx.Node, Block], bool]
-) -> Stream | None:
-    """The longest run of which the last value has a reader that `ends` says is behind it."""
+def _runs(blocks: Sequence[Block], owner: dict[fx.Node, Block], ends: Callable[[fx.Node, Block], bool]) -> list[Stream]:
+    """The runs of two blocks or more of which the last value has a reader that `ends` says is behind it."""
     runs = []
     for last in blocks:
         exits = [node for node in last.nodes if is_tensor(node) and any(ends(user, last) for user in node.users)]
         traced = [stream for node in exits if (stream := _run_to(node, owner, _part_read(node, owner))) is not None]
         if traced:
-            runs.append(max(traced, key=lambda stream: (len(stream.blocks), _size(stream.exits[-1]))))
-    best = max(runs, key=lambda stream: len(stream.blocks), default=None)
-    return best if best is not None and len(best.blocks) > 1 else None
+            runs.append(max(traced, key=lambda stream: (len(stream.blocks), size_of(stream.exits[-1]))))
+    return [stream for stream in runs if len(stream.blocks) > 1]
+
+
+def _work(graph: fx.Graph) -> Callable[[Stream], int]:
+    """What counts the products in a stream's blocks: an encoder of the text may have more blocks than the model."""
+    of_node = {operation.node: flops_of(operation) for operation in operations(graph, lambda target: None)}
+    return lambda stream: sum(of_node.get(node, 0) for block in stream.blocks for node in block.nodes)
 
 
 def residual_source(value: fx.Node, inside: Callable[[fx.Node], bool]) -> fx.Node | None:
@@ -122,19 +130,7 @@ def residual_source(value: fx.Node, inside: Callable[[fx.Node], bool]) -> fx.Nod
     None where there is no such value of the same shape and type. Of several, such as the stream and what a ControlNet
     adds to it, the stream is the one that most was done for.
     """
-    return _most_done_for(_residual_sources(value, inside))
-
-
-def _residual_sources(value: fx.Node, inside: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """The values outside that `value` is the sum of, position by position, beside what was added inside."""
-    places = _some_places(value)
-    return list(
-        {
-            node: None
-            for node, window, origin in _origins(value, inside, places=places)
-            if _covers(node, window) and _alike(node, value) and origin in (None, places)
-        }
-    )
+    return _most_done_for(residual_sources(value, inside))
 
 
 def _most_done_for(values: Sequence[fx.Node]) -> fx.Node | None:
@@ -149,9 +145,9 @@ def brought_back(stream: Stream, first: int, end: int) -> list[fx.Node]:
     """
     found: list[fx.Node] = []
     value, entry = stream.exits[end - 1], stream.entries[first]
-    while entry not in _residual_sources(value, lambda node: node is not entry):
+    while entry not in residual_sources(value, lambda node: node is not entry):
         readers = list(value.users)
-        if len(readers) != 1 or readers[0].target not in _REARRANGES | _KEEPS:
+        if len(readers) != 1 or readers[0].target not in REARRANGES | KEEPS:
             return []
         value = readers[0]
         found.append(value)
@@ -180,12 +176,12 @@ def joined_sources(value: fx.Node, inside: Callable[[fx.Node], bool]) -> Joined 
             continue
         seen.add(node)
         if node.target is not aten.cat.default:
-            waiting.extend(source for source, window in _steps(node, None) if window is None)
+            waiting.extend(source for source, window in steps(node, None) if window is None)
             continue
         arguments = named_arguments(node)
         sources = [residual_source(part, inside) if inside(part) else part for part in arguments["tensors"]]
         if None not in sources:
-            return Joined(arguments["dim"] % len(_shape(node)), tuple(source for source in sources if source))
+            return Joined(arguments["dim"] % len(shape_of(node)), tuple(source for source in sources if source))
     return None
 
 
@@ -235,13 +231,12 @@ def _run_to(value: fx.Node, owner: dict[fx.Node, Block], part: Window) -> Stream
     current: fx.Node | None = value
     added_again: set[fx.Node] = set()
     while current is not None:
-        block = owner[current]
-        sources = _residual_sources(current, lambda node, block=block: owner.get(node) is block)  # type: ignore[misc]
+        sources = _sources_of_block(current, owner)
         source = _of_stream(sources, owner, added_again)
         if source is None:
             break
         added_again.update(sources)
-        blocks.append(block)
+        blocks.append(owner[current])
         entries.append(source)
         exits.append(current)
         current, part = _exit_before(source, owner, part)
@@ -250,6 +245,25 @@ def _run_to(value: fx.Node, owner: dict[fx.Node, Block], part: Window) -> Stream
     if not blocks:
         return None
     return Stream(tuple(blocks[::-1]), tuple(entries[::-1]), tuple(exits[::-1]))
+
+
+def _sources_of_block(value: fx.Node, owner: dict[fx.Node, Block]) -> list[fx.Node]:
+    """The values that what leaves a block is the sum of, beside what was added in it.
+
+    Where they were taken from a larger value that had been written to, its views are taken anew by whoever reads them
+    first, as functional graphs have it: in the block.
+    """
+    block = owner[value]
+
+    def inside(node: fx.Node) -> bool:
+        return owner.get(node) is block
+
+    def taken_from_outside(node: fx.Node) -> bool:
+        return node.target is aten.slice.Tensor and not any(map(inside, node.all_input_nodes))
+
+    return residual_sources(value, inside) or residual_sources(
+        value, lambda node: inside(node) and not taken_from_outside(node)
+    )
 
 
 def _of_stream(sources: Sequence[fx.Node], owner: dict[fx.Node, Block], added_again: set[fx.Node]) -> fx.Node | None:
@@ -264,15 +278,11 @@ def _of_stream(sources: Sequence[fx.Node], owner: dict[fx.Node, Block], added_ag
     return _most_done_for(sources)
 
 
-Window = tuple[int, int, int] | None
-"""A part of a value: dimension, first position and length; None for all of it."""
-
-
 def _part_read(value: fx.Node, owner: dict[fx.Node, Block]) -> Window:
     """What part of a value is read outside blocks, where it is one: the image out of both streams."""
     readers = [user for user in value.users if user not in owner]
-    readers = [part for reader in readers for part in (reader.users if reader.target in _CUTS else [reader])]
-    parts = {window for reader in readers for source, window in _steps(reader, None) or [(value, None)]}
+    readers = [part for reader in readers for part in (reader.users if reader.target in CUTS else [reader])]
+    parts = {window for reader in readers for source, window in steps(reader, None) or [(value, None)]}
     return next(iter(parts)) if len(parts) == 1 else None
 
 
@@ -284,127 +294,11 @@ def _exit_before(entry: fx.Node, owner: dict[fx.Node, Block], part: Window) -> t
     if entry in owner:
         return entry, part
     found = [
-        [(node, window) for node, window, _ in _origins(entry, lambda node: node not in owner, read) if node in owner]
+        [(node, window) for node, window, _ in origins(entry, lambda node: node not in owner, read) if node in owner]
         for read in (part, None)
     ]
-    exit_before, window = max(found[0] or found[1], key=lambda each: _size(each[0]), default=(None, None))
-    return exit_before, None if exit_before is None or _covers(exit_before, window) else window
-
-
-Places = tuple[int, ...] | None
-"""Some positions of a value, counted through all its dimensions; None where they were not followed."""
-
-
-def _some_places(value: fx.Node) -> Places:
-    """Positions enough to tell whether a value lies in another order."""
-    return tuple(number * 0x9E3779B1 % max(1, _size(value)) for number in range(64))
-
-
-def _origins(
-    value: fx.Node, inside: Callable[[fx.Node], bool], part: Window = None, places: Places = None
-) -> list[tuple[fx.Node, Window, Places]]:
-    """The values not inside that `value` (or a part of it) comes from, which parts of them, and where `places` were."""
-    found: list[tuple[fx.Node, Window, Places]] = []
-    seen: set[tuple[fx.Node, Window]] = set()
-    waiting: list[tuple[fx.Node, Window, Places]] = [(value, part, places)]
-    while waiting:
-        node, window, now = waiting.pop()
-        if (node, window) in seen:
-            continue
-        seen.add((node, window))
-        if node.op == "placeholder" or not inside(node):
-            if node is not value:
-                found.append((node, window, now))
-            continue
-        waiting.extend((source, taken, _places_before(node, source, now)) for source, taken in _steps(node, window))
-    return found
-
-
-def _places_before(node: fx.Node, source: fx.Node, places: Places) -> Places:
-    """Where positions of what a node makes of `source` are in it; None where it takes a part or joins."""
-    if places is None or _size(source) != _size(node):
-        return None
-    rank = len(_shape(node))
-    if node.target is aten.transpose.int:
-        arguments, order = named_arguments(node), list(range(rank))
-        one, other = arguments["dim0"] % rank, arguments["dim1"] % rank
-        order[one], order[other] = other, one
-    elif node.target is aten.permute.default:
-        order = [dim % rank for dim in named_arguments(node)["dims"]]
-    else:
-        return places
-    before, after = _strides(_shape(source)), _strides(_shape(node))
-    return tuple(
-        sum(place // after[dim] % _shape(node)[dim] * before[origin] for dim, origin in enumerate(order))
-        for place in places
-    )
-
-
-def _strides(shape: Sequence[int]) -> list[int]:
-    """How far apart neighbours along each dimension are, where all positions are counted."""
-    return [prod(shape[dim + 1 :]) for dim in range(len(shape))]
-
-
-def _steps(node: fx.Node, window: Window) -> list[tuple[fx.Node, Window]]:
-    """Where the stream comes from in one node."""
-    if node.target is operator.getitem:
-        return _step_of_part(node, window)
-    if not isinstance(node.target, OpOverload) or not is_tensor(node):
-        return []
-    arguments = named_arguments(node)
-    operands = [source for source in node.all_input_nodes if is_tensor(source)]
-    same = [(source, window) for source in operands if _shape(source) == _shape(node)]
-    if node.target in _KEEPS or (node.target is aten.reshape.default and same):
-        return same
-    if node.target in _REARRANGES:
-        return [(arguments["self"], None)] if window is None else []
-    if node.target is aten.add.Tensor and arguments["alpha"] == 1:
-        return same
-    if node.target is aten.slice.Tensor and arguments["step"] == 1 and window is None:
-        source, dim = arguments["self"], arguments["dim"] % len(_shape(node))
-        start = arguments["start"] or 0
-        first = max(0, start + _shape(source)[dim] if start < 0 else start)
-        return [(source, (dim, first, _shape(node)[dim]))]
-    if node.target is aten.cat.default:
-        return _steps_of_cat(arguments["tensors"], arguments["dim"] % len(_shape(node)), window)
-    return []
-
-
-def _step_of_part(node: fx.Node, window: Window) -> list[tuple[fx.Node, Window]]:
-    """A `getitem` of a split takes a window of what is split."""
-    split, index = node.args
-    if window is not None or not isinstance(split, fx.Node) or split.target not in _CUTS:
-        return []
-    arguments = named_arguments(split)
-    dim = arguments["dim"] % len(_shape(node))
-    lengths = [part.shape[dim] for part in split.meta["val"]]
-    assert isinstance(index, int)
-    return [(arguments["self"], (dim, sum(lengths[:index]), lengths[index]))]
-
-
-def _steps_of_cat(parts: Sequence[fx.Node], dim: int, window: Window) -> list[tuple[fx.Node, Window]]:
-    if window is None or window[0] != dim:
-        return [(part, window) for part in parts] if window is None else []
-    start = 0
-    for part in parts:
-        length = _shape(part)[dim]
-        if window[1:] == (start, length):
-            return [(part, None)]
-        start += length
-    return []
-
-
-def _covers(node: fx.Node, window: Window) -> bool:
-    """Whether a window takes in the whole value."""
-    return window is None or window[1:] == (0, _shape(node)[window[0]])
-
-
-def _alike(node: fx.Node, other: fx.Node) -> bool:
-    return is_tensor(node) and _shape(node) == _shape(other) and node.meta["val"].dtype == other.meta["val"].dtype
-
-
-def _shape(node: fx.Node) -> tuple[Any, ...]:
-    return sizes_of(node.meta["val"])
+    exit_before, window = max(found[0] or found[1], key=lambda each: size_of(each[0]), default=(None, None))
+    return exit_before, None if exit_before is None or covers(exit_before, window) else window
 
 
 def _effort(node: fx.Node) -> int:
@@ -415,7 +309,3 @@ def _effort(node: fx.Node) -> int:
         seen.update(sources)
         waiting.extend(sources)
     return len(seen)
-
-
-def _size(node: fx.Node) -> int:
-    return prod(_shape(node))

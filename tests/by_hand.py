@@ -121,7 +121,7 @@ class ByHand:
         added: list[Streams] = []
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            value = kwargs.get("hidden_states", args[0] if args else None)
+            value = kwargs["hidden_states"] if "hidden_states" in kwargs else args[min(self.image, len(args) - 1)]
             if start and start[0].shape != value.shape:  # joined
                 start.clear()
             start.append(value)

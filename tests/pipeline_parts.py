@@ -13,7 +13,9 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from random_tensors import draw, randomise
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 HEIGHT, WIDTH = 48, 64  # of pictures, eight times those of their latents
@@ -146,6 +148,89 @@ easyanimate = small(
     time_embed_dim=24,
     text_embed_dim=28,
 )
+consis_id = small(
+    "ConsisIDTransformer3DModel",
+    **_HEADS,
+    in_channels=10,
+    out_channels=5,
+    time_embed_dim=24,
+    text_embed_dim=28,
+    sample_height=HEIGHT // 8,
+    sample_width=WIDTH // 8,
+    sample_frames=9,
+    max_text_seq_length=12,
+    is_train_face=True,
+    cross_attn_interval=1,
+    cross_attn_dim_head=8,
+    cross_attn_num_heads=2,
+    LFE_id_dim=6,
+    LFE_vit_dim=6,
+    LFE_depth=5,
+    LFE_dim_head=8,
+    LFE_num_heads=2,
+    LFE_num_id_token=1,
+    LFE_num_querie=3,
+    LFE_output_dim=42,  # two thirds of the width
+    LFE_ff_mult=1,
+    LFE_num_scale=1,
+)
+hunyuan_video_15 = small(
+    "HunyuanVideo15Transformer3DModel",
+    in_channels=5 + 5 + 1,
+    out_channels=5,
+    num_attention_heads=4,
+    attention_head_dim=16,
+    num_layers=3,
+    num_refiner_layers=1,
+    text_embed_dim=28,
+    text_embed_2_dim=20,
+    image_embed_dim=24,
+    rope_axes_dim=(4, 6, 6),
+    target_size=16,
+)
+_STEP = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 104}
+ace_step = small(
+    "AceStepTransformer1DModel",
+    **_STEP,
+    hidden_size=64,
+    num_hidden_layers=3,
+    in_channels=24,
+    audio_acoustic_hidden_dim=8,
+    sliding_window=4,
+)
+
+
+# Text
+
+
+def letters() -> Any:
+    """A tokenizer of one token a character."""
+    vocabulary = {character: number for number, character in enumerate(["<pad>", *map(chr, range(32, 127))])}
+    by_letter = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    by_letter.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=by_letter, pad_token="<pad>", unk_token="<pad>")
+
+
+def qwen3() -> nn.Module:
+    """A language model as an encoder."""
+    config = transformers.Qwen3Config(**_STEP, vocab_size=128, hidden_size=28, num_hidden_layers=1)
+    return randomise(transformers.Qwen3Model(config))
+
+
+def ace_step_conditions() -> nn.Module:
+    """What encodes text, lyrics and timbre."""
+    from diffusers.pipelines.ace_step import AceStepConditionEncoder
+
+    made = AceStepConditionEncoder(
+        **_STEP,
+        hidden_size=64,
+        text_hidden_dim=28,
+        timbre_hidden_dim=8,
+        num_lyric_encoder_hidden_layers=1,
+        num_timbre_encoder_hidden_layers=1,
+    )
+    made.silence_latent = draw(1, 50, 8, seed=9)
+    return randomise(made)
 
 
 # VAEs
@@ -167,6 +252,9 @@ def vae(channels: int = 5, kind: str = "AutoencoderKL", **config: Any) -> nn.Mod
 
 picture_vae = partial(vae, shift_factor=0.1, scaling_factor=0.5)
 flux2_vae = partial(vae, kind="AutoencoderKLFlux2")
+cogvideox_vae = small(
+    "AutoencoderKLCogVideoX", latent_channels=5, block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=2
+)
 magvit = small(
     "AutoencoderKLMagvit", latent_channels=5, block_out_channels=[4] * 4, layers_per_block=1, norm_num_groups=2
 )

@@ -25,15 +25,21 @@ from pipeline_parts import (
     HEIGHT,
     WIDTH,
     NoChecks,
+    ace_step,
+    ace_step_conditions,
     allegro,
     changed,
+    cogvideox_vae,
     cogview4,
+    consis_id,
     cosmos,
     dit,
     easyanimate,
     flux2_vae,
     hunyuan_image,
+    hunyuan_video_15,
     kandinsky5,
+    letters,
     like,
     magvit,
     mask,
@@ -41,6 +47,8 @@ from pipeline_parts import (
     picture_vae,
     pixart,
     prx,
+    qwen3,
+    small,
     vae_in_time,
     video,
 )
@@ -71,6 +79,7 @@ class Entry:
         settings: attributes that are set on the pipeline.
         fullgraph: whether the components are compiled as one graph each.
         never: why nothing is ever skipped, in words of the warning that tells so.
+        needs: a module that its class imports, and that is no dependency of the tests.
     """
 
     parts: Mapping[str, Any]
@@ -80,6 +89,7 @@ class Entry:
     settings: Mapping[str, Any] = field(default_factory=dict)
     fullgraph: bool = True
     never: str | None = None
+    needs: str | None = None
 
 
 def build(name: str) -> DiffusionPipeline:
@@ -148,6 +158,9 @@ PICTURE = {"image": picture(5)}
 FROM_PICTURE = {**SIZE, **PICTURE, "strength": 1.0}
 INPAINT = {**FROM_PICTURE, "mask_image": mask(6)}
 CONTROL = {**SIZE, "control_image": picture(7)}
+TWO_MASKS = {**MASKS, **{f"{name}_2": value for name, value in MASKS.items()}}
+TWO_TEXTS = guided(**PROMPT, prompt_embeds_2=(1, TEXT, 20))
+GUIDER = partial(diffusers.ClassifierFreeGuidance, guidance_scale=2.0)
 AS_IT_IS = {"use_resolution_binning": False, "negative_prompt": None}
 
 
@@ -284,6 +297,12 @@ PIPELINES: dict[str, Entry] = {
         VIDEO,
         BOTH,
     ),
+    "ConsisIDPipeline": Entry(
+        {"transformer": consis_id, "scheduler": diffusers.CogVideoXDPMScheduler, "vae": cogvideox_vae},
+        guided(**PROMPT),
+        {**VIDEO, **PICTURE, "id_vit_hidden": [draw(2, 2, 6, seed=3)], "id_cond": draw(2, 6, seed=4)},
+        needs="cv2",
+    ),
     "MochiPipeline": Entry(
         {"transformer": changed(partial(mochi, text=TEXT), in_channels=12)},
         guided(prompt_embeds=(1, TEXT, 32)),
@@ -322,6 +341,18 @@ PIPELINES: dict[str, Entry] = {
     ),
     "EasyAnimatePipeline": Entry(
         {"transformer": easyanimate, "vae": magvit}, guided(**PROMPT), {**VIDEO, **ATTENTION_MASKS}
+    ),
+    # Music
+    "AceStepPipeline": Entry(
+        {
+            "transformer": ace_step,
+            "condition_encoder": ace_step_conditions,
+            "text_encoder": qwen3,
+            "tokenizer": letters,
+            "scheduler": partial(FlowMatchEulerDiscreteScheduler, num_train_timesteps=1, shift=1.0),
+        },
+        lambda seed: {"prompt": f"song number {seed}"},
+        {"lyrics": "la la", "audio_duration": 0.96},
     ),
     # Other pictures
     "AuraFlowPipeline": Entry(
@@ -384,14 +415,14 @@ PIPELINES: dict[str, Entry] = {
         {"transformer": changed(lumina2)},
         guided(**PROMPT),
         {**SIZE, **ATTENTION_MASKS},
-        slots("call 1", "call 1 (1)", hits=LEARNS),  # prompts of two lengths are two graphs
+        slots("call 1", "call 1, graph 2", hits=LEARNS),  # prompts of two lengths are two graphs
         fullgraph=False,
     ),
     "Lumina2Pipeline with guidance in the first half": Entry(
         {"transformer": changed(lumina2)},
         guided(**PROMPT),
         {**SIZE, **ATTENTION_MASKS, "cfg_trunc_ratio": 0.5},
-        {"transformer": {"call 1": LEARNS, "call 1 (1)": LEARNS[:3]}},
+        {"transformer": {"call 1": LEARNS, "call 1, graph 2": LEARNS[:3]}},
         fullgraph=False,
     ),
     "OvisImagePipeline": Entry(
@@ -415,7 +446,7 @@ PIPELINES: dict[str, Entry] = {
         Z_IMAGE,
         z_image_prompt,
         {**SIZE, "cfg_truncation": 0.2},
-        {"transformer": {"call 1": LEARNS[:3], "call 1 (1)": SKIPS[:3]}},
+        {"transformer": {"call 1": LEARNS[:3], "call 1, graph 2": SKIPS[:3]}},
         fullgraph=False,
     ),
     "ZImageImg2ImgPipeline": Entry(Z_IMAGE, z_image_prompt, FROM_PICTURE, LEARNING, fullgraph=False),
@@ -427,14 +458,28 @@ PIPELINES: dict[str, Entry] = {
         NOTHING,
         settings={"default_sample_size": 8},
         fullgraph=False,
-        never="only a piece of its model",  # each block has a mixture of experts: how many tokens one gets, data tells
+        never="in moe_infer",  # each block has a mixture of experts: how many tokens one gets, data tells
     ),
-    "HunyuanImagePipeline": Entry(
-        {"transformer": hunyuan_image, "guider": partial(diffusers.ClassifierFreeGuidance, guidance_scale=2.0)},
-        guided(**PROMPT, prompt_embeds_2=(1, TEXT, 20)),
-        {"height": 6 * 32, "width": 8 * 32, **MASKS, **{f"{name}_2": value for name, value in MASKS.items()}},
+    "HunyuanVideo15Pipeline": Entry(
+        {
+            "transformer": hunyuan_video_15,
+            "vae": small(
+                "AutoencoderKLHunyuanVideo15", latent_channels=5, block_out_channels=(8,) * 5, layers_per_block=1
+            ),
+            "guider": GUIDER,
+        },
+        TWO_TEXTS,
+        {"height": 6 * 16, "width": 8 * 16, "num_frames": 9, **TWO_MASKS},
         NOTHING,
         fullgraph=False,
-        never="only a piece of its model",  # text is reordered by its masks, row by row
+        never="none of the model's",  # all of it, image and text, is reordered by its masks, row by row, in a loop
+    ),
+    "HunyuanImagePipeline": Entry(
+        {"transformer": hunyuan_image, "guider": GUIDER},
+        TWO_TEXTS,
+        {"height": 6 * 32, "width": 8 * 32, **TWO_MASKS},
+        NOTHING,
+        fullgraph=False,
+        never="none of the model's",  # text is reordered by its masks, row by row, in a loop
     ),
 }

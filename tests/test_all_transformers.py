@@ -11,6 +11,7 @@ import inspect
 import pkgutil
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from all_ranks import of_all_ranks
+from denoising import ALWAYS
 from diffusers import ModelMixin
 from families import ALL_FAMILIES
 from lockstep import run_lockstep
@@ -31,10 +33,13 @@ from small_models import close, mesh_name
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
+from paracompile import cache_context, cache_stats
 from paracompile.captured import Captured
 from paracompile.errors import ParacompileError
 from paracompile.mesh import Ranks
+from paracompile.report.misses import warn_of_misses
 from paracompile.report.report import Report, report_of
+from paracompile.runtime.slots import begin_generation, end_step
 
 MESHES: tuple[dict[str, int], ...] = ({"ulysses": 2}, {"ring": 2, "ulysses": 2})
 TOLERANCE = 2e-5
@@ -128,6 +133,55 @@ def outcome(name: str, mesh: dict[str, int]) -> str:
 def test_every_rank_gives_what_one_gives(name: str) -> None:
     for mesh in MESHES:
         sys.stdout.write(f"{name} on {mesh_name(mesh)}: {outcome(name, mesh)}\n")
+
+
+NEVER_SKIPPED = {
+    "hunyuan_video_15": "hunyuan_video15.py:.* in forward",  # asks whether an image is zeros, orders text row by row
+    "framepack": "framepack.py:.* in forward",  # cuts text at a length that the data tells, or row by row
+    "hidream": "in moe_infer",  # how many tokens an expert gets, the data tells
+    "nucleus_moe": "in _run_experts_for_loop",
+    "wan_animate_2": "in rope_apply",  # each block reads the size of its grid from a tensor
+}
+"""Where Dynamo breaks the graph in or between the blocks, so that none holds two of them."""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", BUILDERS)
+def test_blocks_are_skipped_or_a_warning_says_why_not(name: str) -> None:
+    """Called once more with the same inputs, what was stored stands for the blocks exactly."""
+    model, inputs = BUILDERS[name]()
+    with torch.no_grad():
+        expected = model(**inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        BUILDERS[name]()[0],
+        backend="paracompile",
+        fullgraph=name in ONE_GRAPH,
+        options={"rdt": ALWAYS, "compiler": "eager"},
+    )
+    generation = begin_generation()
+    found = []
+    limits = {"recompile_limit": 64, "accumulated_recompile_limit": 256}
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad(), torch._dynamo.config.patch(**limits):
+        warnings.simplefilter("always")
+        for _ in range(4):
+            with cache_context("cond"):
+                found.append(compiled(**BUILDERS[name]()[1]))
+            end_step()
+        warn_of_misses(generation)
+    generation.over = True
+    for each in found:
+        close(each, expected, COARSE.get(name, TOLERANCE))
+    stats = cache_stats(compiled)
+    told = [str(each.message) for each in caught if "no step of this generation could be skipped" in str(each.message)]
+    if name in NEVER_SKIPPED:
+        assert stats.hits == 0
+        (message,) = told
+        assert re.search(NEVER_SKIPPED[name], message)
+    else:
+        assert told == []
+        assert [[step.hit for step in steps] for steps in stats.slots.values()] == [[False, True, True, True]]
+    sys.stdout.write(f"{name}: {stats}\n")
 
 
 @pytest.mark.full

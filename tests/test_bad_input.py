@@ -37,7 +37,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({**CACHED, "max_consecutive_hits": 0}, "'max_consecutive_hits' = 0: give a whole number of at least 1"),
     ({**CACHED, "downsample_factor": 0}, "'downsample_factor' = 0: give a whole number of at least 1"),
     ({**CACHED, "taylor_order": 3}, "'taylor_order' = 3: give a whole number from 0 to 2"),
-    ({**CACHED, "first_blocks": 0}, "'first_blocks' = 0: give a whole number of at least 1"),
+    ({**CACHED, "first_blocks": 0}, '\'first_blocks\' = 0: the residual .* at least 1, or "watch": "modulation"'),
     ({**CACHED, "first_blocks": 9}, "the model has 2 blocks, blocks.0 to blocks.1: with 9 .* none is left to skip"),
     ({**CACHED, "last_blocks": 1}, "the model has 2 blocks, .* with 1 .* and 1 at the end, none is left to skip"),
     ({"regions": 1}, "'regions' = 1: give True or False"),

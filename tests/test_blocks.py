@@ -457,3 +457,69 @@ def test_refiners_beside_the_stream_are_outside() -> None:
     graph = graph_of(model, image=text_tokens(WIDTH), text=image_tokens(WIDTH))
     assert {block.path for block in find_blocks(graph)} == {*named("refiners", 3), *named("blocks", 2)}
     assert paths(find_stream(graph)) == named("blocks", 2)
+
+
+def test_an_encoder_whose_text_is_masked_before_the_blocks_read_it_is_outside() -> None:
+    """So it leaves its list as the stream does, and has more blocks, but fewer tokens."""
+
+    def run(self: Any, image: Tensor, text: Tensor) -> Tensor:
+        for layer in self.encoder:
+            text = layer(text)
+        text = text * 2
+        for block in self.blocks:
+            image, _ = block(image, text)
+        return image
+
+    model = Of(run, encoder=pairs(Block, 3), blocks=nn.ModuleList(Joint() for _ in range(2)))
+    assert paths(find_stream(graph_of(model, image=image_tokens(WIDTH), text=text_tokens(WIDTH)))) == named("blocks", 2)
+
+
+class InParts(nn.Module):
+    """Adds to all of its stream, then to what follows a few tokens only; joins the two again, in order or not."""
+
+    def __init__(self, *, split: bool, swapped: bool) -> None:
+        super().__init__()
+        self.all, self.rest = Block(), Unlike()
+        self.split, self.swapped = split, swapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.all(x)
+        first, rest = x.split([TEXT, IMAGE - TEXT], dim=1) if self.split else (x[:, :TEXT], x[:, TEXT:])
+        parts = [first, rest + self.rest(rest)]
+        return torch.cat(parts[::-1] if self.swapped else parts, dim=1)
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("swapped", [True, False])
+def test_a_stream_that_each_block_takes_apart(split: bool, swapped: bool) -> None:
+    """It is one as long as its parts are joined in their order."""
+    layers = nn.ModuleList(InParts(split=split, swapped=swapped) for _ in range(3))
+    graph = graph_of(Of(chain, layers=layers), x=image_tokens(WIDTH))
+    assert paths(find_stream(graph)) == ([] if swapped else named("layers", 3))
+    if not swapped:
+        stream = find_stream(graph)
+        assert stream is not None
+        assert residual_source(stream.exits[-1], lambda node: node is not stream.entries[0]) is stream.entries[0]
+
+
+def test_a_stream_that_is_a_part_of_what_was_written_to() -> None:
+    """A functional graph takes the part anew where it is first read: in the first block."""
+
+    def run(self: Any, image: Tensor, text: Tensor) -> Tensor:
+        joined = image.new_zeros(BATCH, TEXT + IMAGE, WIDTH)
+        joined[:, torch.arange(TEXT)] = text
+        joined[:, torch.arange(TEXT, TEXT + IMAGE)] = image
+        text, image = joined[:, :TEXT], joined[:, TEXT:]
+        for block in self.blocks:
+            image, text = block(image, text)
+        return image
+
+    model = Of(run, blocks=nn.ModuleList(Joint() for _ in range(3)))
+    of = capture(randomise(model), {"image": image_tokens(WIDTH), "text": text_tokens(WIDTH)})
+    gm = in_aten(of)
+    stream = find_stream(gm.graph)
+    assert paths(stream) == named("blocks", 3)
+    assert stream is not None
+    assert stream.entries[0] in stream.blocks[0].nodes
+    (start,) = values_of(gm, of.arguments, stream.entries[:1])
+    assert torch.equal(start, of.inputs["image"])

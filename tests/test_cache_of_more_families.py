@@ -8,16 +8,50 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
+import torch
 from by_hand import ByHand, check_generation
 from cached import CachedGraphs, cached
 from capture import Captured, capture
-from more_families import MORE_FAMILIES
+from families import Inputs
+from more_families import MORE_FAMILIES, CachedFamily
+from other_families import OTHER_FAMILIES
+from torch import nn
 
-QUICK = ("krea2", "flux2-klein", "bria_fibo", "sana")
+
+class OfOneVideo(nn.Module):
+    """Takes and gives one video instead of lists of videos, sounds and actions."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.model, self.inputs = model, inputs
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor]:
+        videos, _, _ = self.model(
+            **{**self.inputs, "vision_tokens": [hidden_states], "vision_timesteps": timestep}, return_dict=False
+        )
+        return (videos[0],)
+
+
+def cosmos_3() -> tuple[nn.Module, Inputs]:
+    model, inputs = OTHER_FAMILIES["cosmos_3"]()
+    inputs.pop("return_dict", None)
+    video = {"hidden_states": inputs["vision_tokens"][0], "timestep": inputs["vision_timesteps"]}
+    return OfOneVideo(model, inputs), video
+
+
+FAMILIES = {
+    **MORE_FAMILIES,
+    # a block adds to the latents' tokens apart from those of their history
+    "helios": CachedFamily(OTHER_FAMILIES["helios"], lists=("blocks",)),
+    # both streams are taken out of one that text and latents were written to
+    "cosmos_3": CachedFamily(cosmos_3, lists=("model.layers",), image=1, change=0.3),
+}
+
+QUICK = ("krea2", "flux2-klein", "bria_fibo", "sana", "helios", "cosmos_3")
 
 CASES = [
     pytest.param(name, ranks, marks=[] if name in QUICK and ranks < 4 else pytest.mark.full)
-    for name in MORE_FAMILIES
+    for name in FAMILIES
     for ranks in (1, 2, 4)
 ]
 
@@ -31,24 +65,28 @@ STATE = {  # tokens of the first block's residual, and of what is stored
     "flux2-single-at-front": (60, 60),
     "hunyuan_dit": (48, 48, 48),  # what leaves the second block is read again by the last
     "sana_video": (72, 72),
+    "helios": (104, 104),
+    "cosmos_3": (24, 7, 24),
 }
 IMAGE_ONLY = (48, 48)
+WHOLE = ("sana", "sana_video", "cosmos_3")
+"""Of these each rank stores the second whole: what a convolution makes, text with causal attention."""
 
 
 @cache
 def captured(name: str) -> Captured:
-    return capture(*MORE_FAMILIES[name].build())
+    return capture(*FAMILIES[name].build())
 
 
 @cache
 def graphs_of(name: str, ranks: int, last_blocks: int = 0) -> CachedGraphs:
-    first_blocks = MORE_FAMILIES[name].first_blocks
+    first_blocks = FAMILIES[name].first_blocks
     mesh = {"ulysses": ranks} if ranks > 1 else None
     return cached(captured(name), mesh, first_blocks=first_blocks, last_blocks=last_blocks)
 
 
 def by_hand(name: str, last: int = 0) -> ByHand:
-    family = MORE_FAMILIES[name]
+    family = FAMILIES[name]
     last += family.behind
     return ByHand(
         captured(name), family.lists, family.image, in_turn=family.in_turn, first=family.first_blocks, last=last
@@ -58,19 +96,19 @@ def by_hand(name: str, last: int = 0) -> ByHand:
 @pytest.mark.parametrize("name, ranks", CASES)
 def test_a_family(name: str, ranks: int) -> None:
     """Computed, skipped, computed; each on every rank, against the model and the formula."""
-    check_generation(graphs_of(name, ranks), by_hand(name), change=MORE_FAMILIES[name].change)
+    check_generation(graphs_of(name, ranks), by_hand(name), change=FAMILIES[name].change)
 
 
 @pytest.mark.parametrize("name, ranks", CASES)
 def test_all_blocks_but_the_first_are_skipped_and_the_image_is_stored(name: str, ranks: int) -> None:
-    for layout in graphs_of(name, ranks).layouts:
-        blocks = by_hand(name).blocks
-        assert len(layout.skipped.blocks) == len(blocks) - MORE_FAMILIES[name].behind
-        residual, *stored = STATE.get(name, IMAGE_ONLY)
-        # What a convolution makes is whole on each rank, and so is stored.
-        share = 1 if name.startswith("sana") else ranks
-        expected = [residual // ranks, *(tokens // share for tokens in stored)]
-        assert [value.shape[:-1].numel() // BATCH for value in layout.state] == expected
+    layouts = graphs_of(name, ranks).layouts
+    for layout in layouts:
+        assert len(layout.skipped.blocks) == len(by_hand(name).blocks) - FAMILIES[name].behind
+    residual, stored, *others = STATE.get(name, IMAGE_ONLY)
+    batch = 1 if name == "cosmos_3" else BATCH
+    by_rank = [[value.shape[:-1].numel() // batch for value in layout.state] for layout in layouts]
+    stored *= ranks if name in WHOLE else 1
+    assert [sum(tokens) for tokens in zip(*by_rank, strict=True)] == [residual, stored, *others]
 
 
 @pytest.mark.parametrize(

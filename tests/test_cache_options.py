@@ -21,7 +21,7 @@ LIMITS: list[tuple[str, list[Any], list[Any], str]] = [
     ("max_consecutive_hits", [1, 50], [0, -1], "of at least 1"),
     ("downsample_factor", [2, 16], [0, -2], "of at least 1"),
     ("taylor_order", [1, 2], [3, -1], "from 0 to 2"),
-    ("first_blocks", [2, 9], [0, -1], "of at least 1"),
+    ("first_blocks", [2, 9], [-1], "of at least 0"),
     ("last_blocks", [1, 9], [-1], "of at least 0"),
 ]
 KEYS = [key for key, *_ in LIMITS]

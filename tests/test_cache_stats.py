@@ -12,7 +12,7 @@ from denoising import PASSES, STEPS, Cut, build, compiled, generate, prompts, st
 from torch import nn
 
 from paracompile import CacheStats, cache_stats, reset_cache
-from paracompile.report.cache_stats import Step, stats_of
+from paracompile.report.cache_stats import Step, names_of, stats_of
 from paracompile.runtime.history import History
 
 STATS = CacheStats(
@@ -88,7 +88,8 @@ def test_pieces_of_a_model_are_told_apart() -> None:
         history((one, "cond", record(1))),
         history((other, "cond", record(1)), (other, "cond", record(2)), (other, "uncond", record(1))),
     ]
-    assert steps(stats_of(histories)) == {"cond": 1, "cond (1)": 2, "uncond": 1}
+    assert steps(stats_of(histories)) == {"cond": 1, "cond, graph 2": 2, "uncond": 1}
+    assert names_of(["cond", "uncond", "cond", "cond"]) == ["cond", "uncond", "cond, graph 2", "cond, graph 3"]
 
 
 def test_graphs_of_a_model_are_told_apart() -> None:
@@ -96,7 +97,7 @@ def test_graphs_of_a_model_are_told_apart() -> None:
     one, other = 1, 2
     calls = [(one, "cond", record(1)), (other, "cond", record(1)), (one, "cond", record(2)), (one, "cond", record(3))]
     for whole in (True, False):
-        assert steps(stats_of([history(*calls, whole=whole)])) == {"cond": 3, "cond (1)": 1}
+        assert steps(stats_of([history(*calls, whole=whole)])) == {"cond": 3, "cond, graph 2": 1}
 
 
 def test_graphs_of_another_size_before_are_of_another_generation() -> None:

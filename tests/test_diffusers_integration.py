@@ -354,14 +354,14 @@ GUIDED: dict[str, tuple[dict[str, Any], dict[str, list[bool]]]] = {
             "skip_layer_guidance_start": 0.0,
             "skip_layer_guidance_stop": 0.7,
         },
-        {"call 1": HITS, "call 1 (1)": [False, True, True]},
+        {"call 1": HITS, "call 1, graph 2": [False, True, True]},
     ),
     "guidance that ends": (
         {
             "callback_on_step_end": _half,
             "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds", "pooled_prompt_embeds"],
         },
-        {"call 1": [False, True, True], "call 1 (1)": [False, True]},
+        {"call 1": [False, True, True], "call 1, graph 2": [False, True]},
     ),
     "a sampler that evaluates twice": (
         {"scheduler": FlowMatchHeunDiscreteScheduler()},

@@ -5,6 +5,7 @@ What it must give is worked out by hand in `by_hand`, on the model itself in flo
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -448,6 +449,31 @@ def test_the_modulation_is_what_goes_into_the_first_product(ranks: int) -> None:
     assert hits(skipping) == "csss"
     model = ByHand(denoiser())
     by_formula(skipping[-1].output, model.skipped(inputs[-1], model.computed(inputs[0]).added))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_first_block_may_be_skipped_where_the_modulation_decides(ranks: int) -> None:
+    """As in TeaCache: what all blocks added stands for all."""
+    inputs = [noisy(number) for number in range(3)]
+    graphs = graphs_of(ranks=ranks, watch="modulation", first_blocks=0)
+    assert graphs.layouts[0].skipped.middle == ("blocks.0", "blocks.1", "blocks.2")
+    steps = graphs.run(inputs, ALWAYS)
+    assert hits(steps) == "css"
+    watched = [modulated(denoiser().model, each) for each in inputs]
+    assert [each.ratio for each in steps[1:]] == pytest.approx(
+        [ratio_of(later, watched[0]) for later in watched[1:]], rel=1e-4
+    )
+    model = copy.deepcopy(denoiser().model).double()
+    with torch.no_grad():
+        entered = [
+            model.proj_in(each["hidden_states"].double()) * (1 + each["timestep"].double()[:, None, None])
+            for each in inputs
+        ]
+        left = entered[0]
+        for block in model.blocks:
+            left = block(left)
+        for step, value in zip(steps, entered, strict=True):
+            by_formula(step.output, model.proj_out(value + left - entered[0]))
 
 
 @pytest.mark.parametrize("watch", ["residual", "modulation"])

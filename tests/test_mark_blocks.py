@@ -12,9 +12,11 @@ from by_hand import ByHand
 from cached import ALWAYS, NEVER, CachedGraphs, cached
 from capture import Captured, assert_equal, capture, captured
 from families import Inputs
+from pieces import framepack
 from random_tensors import draw, randomise
 from small_models import BATCH, IMAGE, WIDTH, Block, Denoiser, SelfAttention, count, heads, image_tokens, merge
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from paracompile.errors import GraphError, OptionError, module_paths
@@ -404,3 +406,16 @@ def test_marking_comes_before_the_cut_and_skipping_after_it() -> None:
         *("drop_masked_keys", "choose_kernels", "first_block_cache", "schedule", "dispatch_on_subclasses"),
     ]
     assert count(cached(denoiser()).graphs[0])["cond"] == 1
+
+
+def test_blocks_of_as_many_tokens_as_only_the_data_tells_are_refused() -> None:
+    """A prompt is cut at its length, which is read from its mask."""
+    model, inputs = framepack(batch=1)
+    compiled = torch.compile(model, backend="paracompile", fullgraph=True, options={"rdt": 0.1, "compiler": "eager"})
+    with pytest.raises(BackendCompilerFailed) as error, torch.no_grad():
+        compiled(**inputs)
+    torch._dynamo.reset()
+    message = str(error.value)
+    assert "only the data tells its size" in message
+    assert "leave out fullgraph=True" in message
+    assert "transformer_blocks.0" in message

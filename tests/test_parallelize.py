@@ -87,6 +87,11 @@ def test_the_vae_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(half._compiled_call_impl is not None for half in (pipe.vae.encoder, pipe.vae.decoder))
 
 
+def test_one_rank_holds_all_text_encoders() -> None:
+    pipe = parallelize(load(), compiler="eager", text_encoders=True)
+    assert torch.equal(latents(pipe), latents(load()))
+
+
 def test_with_the_default_compiler() -> None:
     plain, interpreted, pipe = load(), load(), load()
     parallelize(interpreted, rdt=ALWAYS, compiler="eager")
@@ -246,6 +251,9 @@ def test_what_cannot_work_is_an_error() -> None:
     without.vae = None
     with pytest.raises(OptionError, match="FluxPipeline has no VAE"):
         parallelize(without, vae=True)
+    without.text_encoder = without.text_encoder_2 = None
+    with pytest.raises(OptionError, match="FluxPipeline has no text encoder"):
+        parallelize(without, text_encoders=True)
     with pytest.raises(OptionError, match="give one of int8"):
         parallelize(load(), quantize="int3")
 

@@ -44,7 +44,7 @@ QUICK = (
     "ZImagePipeline",
     "Lumina2Pipeline",
 )
-IN_A_FRESH_PROCESS = ("FluxControlNetPipeline",)
+IN_A_FRESH_PROCESS = ("FluxControlNetPipeline", "ZImagePipeline")
 ROUNDING = 1e-5  # of the largest value
 
 
@@ -111,6 +111,8 @@ def ran(request: pytest.FixtureRequest) -> Iterator[Ran]:
     torch._dynamo.reset()
     diffusers.utils.logging.set_verbosity_error()
     entry = PIPELINES[request.param]
+    if entry.needs is not None:
+        pytest.importorskip(entry.needs)
     plain = generate(entry, build(request.param), 1)
     pipeline = compiled(entry, build(request.param))  # one that was never called, as its user has it
     hits, pictures = [], []
@@ -146,7 +148,7 @@ def test_skipping_moves_the_picture(ran: Ran) -> None:
         assert moved > 100 * ROUNDING
     else:
         assert moved == 0
-        assert any(ran.entry.never in message for message in told)
+        assert any("no step of this generation" in message and ran.entry.never in message for message in told)
 
 
 def test_a_generation_is_the_same_after_another_prompt_s(ran: Ran) -> None:

@@ -503,9 +503,12 @@ def test_tensors_made_of_tensors_are_told_apart() -> None:
     assert not torch_private.is_traceable_wrapper_subclass(3)
 
 
-@of("tree_leaves", "tree_map_only")
+@of("tree_flatten", "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten")
 def test_nested_arguments_have_leaves() -> None:
     assert torch_private.tree_leaves((1, [2, {"a": 3}])) == [1, 2, 3]
+    leaves, structure = torch_private.tree_flatten((1, [2, {"a": 3}]))
+    assert torch_private.tree_unflatten([-leaf for leaf in leaves], structure) == (-1, [-2, {"a": -3}])
+    assert torch_private.tree_map(str, (1, [2, {"a": 3}])) == ("1", ["2", {"a": "3"}])
     assert torch_private.tree_map_only(int, lambda x: -x, (1, [2.0, {"a": 3}])) == (-1, [2.0, {"a": -3}])
 
 

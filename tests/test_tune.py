@@ -29,7 +29,7 @@ from paracompile.errors import OptionError, ParacompileError
 from paracompile.tune.command import add_parser
 from paracompile.tune.metrics import PSNR_LIMIT, load_judge, quality
 from paracompile.tune.results import Figures, Job, Results
-from paracompile.tune.settings import NO_CACHE, PLAIN, by_compile, knob_text, knob_value, setting_of, sweep
+from paracompile.tune.settings import NO_CACHE, PLAIN, by_compile, knob_text, knob_value, plan_of, setting_of, sweep
 from paracompile.tune.table import Limits, Row, advice, recommended, rows_of
 
 ROOT = Path(__file__).parents[1]
@@ -515,6 +515,29 @@ def test_an_interrupted_run_goes_on_with_more_seeds(
     assert json.loads((tmp_path / "run.json").read_text())["call"] == {**CALL, "guidance_scale": 2.0}
 
 
+def test_plans_by_magnitude(given: Given, calls: Calls, tmp_path: Path) -> None:
+    """Their table is measured once; each rule is a setting that skips as its plan says."""
+    arguments = given.arguments(tmp_path / "out", "--magnitude", "1e9:1:0,0:1,1e9:9:0.5")
+    assert main(arguments) == 0
+    ratios = json.loads((tmp_path / "out" / "magnitudes.json").read_text())
+    assert len(ratios) == STEPS
+    assert ratios[0] == 1
+    with (tmp_path / "out" / "table.csv").open(newline="") as file:
+        table = {row["setting"]: row for row in csv.DictReader(file)}
+    plans = [("1e+09:1:0", (1e9, 1, 0)), ("0:1", (0, 1)), ("1e+09:9:0.5", (1e9, 9, 0.5))]
+    expected = {name: plan_of(ratios, rule) for name, rule in plans}
+    assert list(table) == ["plain", "no cache", *(f"magnitude {name} ({plan})" for name, plan in expected.items())]
+    for name, plan in expected.items():
+        row = table[f"magnitude {name} ({plan})"]
+        assert row["steps"] == plan
+        computed = 1 - plan.count("0") * (BLOCKS - 1) / (STEPS * BLOCKS)
+        assert float(row["blocks_computed"]) == pytest.approx(computed)
+    assert len(set(expected.values())) == 3
+    made = calls.count
+    assert main(arguments) == 0
+    assert calls.count == made
+
+
 def test_a_call_that_compiled_is_not_timed(given: Given, calls: Calls, tmp_path: Path) -> None:
     def forget(count: int) -> None:
         if count == 6:  # the picture of the one setting
@@ -589,6 +612,8 @@ def test_errors(
         (["--setting", "rdt=0.1,rdt=0.2"], "rdt is there twice"),
         (["--call", "guidance"], "'guidance' is not of the form NAME=VALUE"),
         (["--compiler", "tensorrt"], "invalid choice: 'tensorrt'"),
+        (["--magnitude", "0.1"], "'0.1' is not of the form LIMIT:MOST"),
+        (["--magnitude=-1:2"], "give a finite number of at least 0"),
     ],
 )
 def test_bad_values(

@@ -82,14 +82,19 @@ class CacheStats:
 
 
 def stats_of(histories: Iterable[History], *, plain: int = 0) -> CacheStats:
-    """Reads records; waits for the device. Slots of several graphs that are called the same are numbered."""
-    slots: dict[str, tuple[Step, ...]] = {}
-    for history in histories:
-        for title, steps in _present(history):
-            numbered = (f"{title} ({number})" for number in count(1))
-            name = title if title not in slots else next(name for name in numbered if name not in slots)
-            slots[name] = steps
-    return CacheStats(slots, plain)
+    """Reads records; waits for the device."""
+    found = [each for history in histories for each in _present(history)]
+    names = names_of([title for title, _ in found])
+    return CacheStats(dict(zip(names, (steps for _, steps in found), strict=True)), plain)
+
+
+def names_of(titles: Iterable[str]) -> list[str]:
+    """Names for slots: where several graphs have one of the same title, "cond", "cond, graph 2", "cond, graph 3"."""
+    names: list[str] = []
+    for title in titles:
+        others = (f"{title}, graph {number}" for number in count(2))
+        names.append(title if title not in names else next(name for name in others if name not in names))
+    return names
 
 
 def _present(history: History) -> list[tuple[str, tuple[Step, ...]]]:

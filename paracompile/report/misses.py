@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -10,7 +11,8 @@ import torch
 
 from paracompile.passes.cache_decision import Record
 from paracompile.passes.fingerprints import NUMBERS, changed
-from paracompile.runtime.cached_call import ModelCache, held_in
+from paracompile.report.cache_stats import names_of
+from paracompile.runtime.cached_call import ModelCache, held_in, plain_models
 from paracompile.runtime.history import Line
 from paracompile.runtime.slots import UNKNOWN, Generation
 
@@ -22,7 +24,9 @@ _ENOUGH = 4
 
 def warn_of_misses(generation: Generation) -> None:
     """Looks, once for each model, at a generation that ends; waits for the device where it does."""
-    for model, held in held_in(generation):
+    called = held_in(generation)
+    _judge_plain([model for model in plain_models() if not model.judged], generation, alone=not called)
+    for model, held in called:
         lines = list(held.history.lines.values())
         if not model.judged and any(len(line.records) >= _ENOUGH for line in lines):
             _judge(model, lines)
@@ -33,14 +37,34 @@ def _judge(model: ModelCache, lines: Sequence[Line]) -> None:
     read = [(line, torch.stack(line.records).tolist()) for line in lines]
     if any(record[Record.REUSABLE] for _, records in read for record in records):
         return
+    names = names_of(line.title for line in lines)
     reasons = "; ".join(
-        f"slot {line.title!r}: {_why(line, records)}" for line, records in read if len(records) >= _ENOUGH
+        f"slot {name!r}: {_why(line, records)}"
+        for name, (line, records) in zip(names, read, strict=True)
+        if len(records) >= _ENOUGH
     )
     warnings.warn(
         f"paracompile: rdt is given, but no step of this generation could be skipped. {reasons}. "
         "paracompile.cache_context names the passes of a loop of your own",
         stacklevel=2,
     )
+
+
+def _judge_plain(models: Sequence[ModelCache], generation: Generation, *, alone: bool) -> None:
+    """Of pieces it is enough that one holds blocks, and was called: then the others are not `alone`."""
+    if not models or generation.steps < _ENOUGH:
+        return
+    reasons: Counter[str] = Counter()
+    for model in models:
+        model.judged = True
+        reasons.update(model.plain)
+    if alone:
+        ((why, _),) = reasons.most_common(1)
+        warnings.warn(
+            "paracompile: rdt is given, but no step of this generation could be skipped: none of the model's "
+            f"{reasons.total()} graphs has two blocks or more to skip ({why})",
+            stacklevel=2,
+        )
 
 
 def _why(line: Line, records: Sequence[Sequence[float]]) -> str:

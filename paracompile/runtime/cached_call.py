@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -33,6 +34,7 @@ __all__ = [
     "graph_compiled",
     "graph_is_plain",
     "held_in",
+    "plain_models",
 ]
 
 _MOST_SLOTS = 8  # of calls of one name, or of none
@@ -44,11 +46,13 @@ class StateLike:
 
     attributes:
         record, state: (shape, dtype, device) of each; sizes may be formulas.
+        added: which of the state is what blocks added to a stream.
         symbols: by symbol of these formulas, the place of its value among the graph's arguments.
     """
 
     record: tuple[tuple[int, ...], torch.dtype, torch.device]
     state: tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
+    added: tuple[int, ...] = ()
     symbols: Mapping[sympy.Symbol, int] = field(default_factory=dict)
     _found: dict[tuple[int, ...], StateLike] = field(default_factory=dict)
 
@@ -62,7 +66,7 @@ class StateLike:
             state = (
                 (tuple(evaluate(size, known) for size in shape), dtype, device) for shape, dtype, device in self.state
             )
-            self._found[values] = StateLike(self.record, tuple(state))
+            self._found[values] = StateLike(self.record, tuple(state), self.added)
         return self._found[values]
 
 
@@ -143,18 +147,20 @@ class ModelCache:
         history: of the generation that was called last.
         asked: the `rdt` that its last graph was compiled with.
         caches: whether any graph of the model was compiled with a cache; None: none was compiled yet.
-        plain: how many graphs were to have one, and have nothing that it could skip.
+        plain: graphs that were to have one, and have nothing that it could skip: how many, by the reason.
         judged: whether a generation was looked at for steps that can be skipped.
         held: by generation.
+        observers: are called after each call, with its slot and what blocks added to each stream when last computed.
     """
 
     threshold: float | None = None
     history: History = field(default_factory=History)
     asked: object = None
     caches: bool | None = None
-    plain: int = 0
+    plain: Counter[str] = field(default_factory=Counter)
     judged: bool = False
     held: weakref.WeakKeyDictionary[Generation, Held] = field(default_factory=weakref.WeakKeyDictionary)
+    observers: list[Callable[[Slot, Sequence[Tensor]], None]] = field(default_factory=list)
 
     def slots(self) -> list[Slot]:
         """All that there are."""
@@ -216,10 +222,16 @@ def graph_compiled(parameters: Sequence[Tensor], *, rdt: object) -> None:
             )
 
 
-def graph_is_plain(parameters: Sequence[Tensor]) -> None:
+def graph_is_plain(parameters: Sequence[Tensor], why: str) -> None:
     """Notes that a graph of the model with these parameters has nothing to skip."""
     for known in caches_of(parameters)[:1] if parameters else []:
-        known.plain += 1
+        known.plain[why] += 1
+
+
+def plain_models() -> list[ModelCache]:
+    """The models, or pieces of models, of which a graph has nothing to skip."""
+    models = {id(model): model for model in _caches.values()}.values()
+    return [model for model in models if model.plain]
 
 
 def held_in(generation: Generation) -> list[tuple[ModelCache, Held]]:
@@ -285,6 +297,8 @@ class CachedCall:
             slots.keep(other for other in slots.all if other is not slot)  # some of its state may be written, some not
             raise
         held.remember(self, like, slot, record)
+        for observe in model.observers:
+            observe(slot, [slot.state[place] for place in like.added])
         return tuple(outputs)
 
     def _model(self, args: Sequence[Any]) -> ModelCache:

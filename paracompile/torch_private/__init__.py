@@ -76,7 +76,13 @@ from torch.utils._python_dispatch import (
     TorchDispatchMode,  # a context that sees each operator
     is_traceable_wrapper_subclass,  # a tensor made of tensors, such as a quantised weight
 )
-from torch.utils._pytree import tree_leaves, tree_map_only  # the tensors in nested arguments
+from torch.utils._pytree import (
+    tree_flatten,  # the leaves of nested values, and their structure
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
 from torch.utils._sympy.functions import FloorDiv, Mod  # how torch writes a // b and a % b of sizes
 from torch.utils._sympy.interp import sympy_interp  # calculates an expression, by an analysis
 from torch.utils._sympy.printers import PythonPrinter  # writes an expression as Python

@@ -20,7 +20,7 @@ from paracompile.tune.plan import (
     dtype_or_default,
     read_prompts,
 )
-from paracompile.tune.settings import FLAGS, KNOBS, Setting, Value, by_compile, knob_value, setting_of, sweep
+from paracompile.tune.settings import FLAGS, KNOBS, Setting, Value, by_compile, knob_value, plan_of, setting_of, sweep
 
 __all__ = ["add_parser"]
 
@@ -83,6 +83,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="one more setting, such as rdt=0.2,taylor-order=1; may be given several times",
     )
 
+    knobs.add_argument(
+        "--magnitude",
+        type=_list_of(_magnitude),
+        default=[],
+        metavar="LIMIT:MOST",
+        help="MagCache's rule: steps are skipped, so many in a row at most, while the errors that magnitudes of an "
+        "earlier picture foretell add up to no more than the limit; :RETAINED behind it is the part at the beginning "
+        "that is computed (0.2)",
+    )
+
     call = parser.add_argument_group("the pipeline's call", "What is not given is the pipeline's own default.")
     call.add_argument("--steps", type=_whole(1), dest="num_inference_steps", metavar="N", help="denoising steps")
     call.add_argument("--height", type=_whole(1), metavar="PIXELS")
@@ -122,6 +132,7 @@ def _run(options: argparse.Namespace) -> str:
         prompts=read_prompts(options.prompts),
         seeds=options.seeds,
         settings=_settings(options),
+        magnitudes=options.magnitude,
         call=_call(options),
         compiler=options.compiler,
         device=device,
@@ -173,6 +184,16 @@ def _knob(name: str) -> Callable[[str], Value]:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return value
+
+
+def _magnitude(text: str) -> tuple[float, ...]:
+    try:
+        rule = tuple(float(part) for part in text.split(":"))
+        plan_of([1.0], rule)
+    except (ValueError, ParacompileError) as error:
+        message = f"{text!r} is not of the form LIMIT:MOST or LIMIT:MOST:RETAINED ({error})"
+        raise argparse.ArgumentTypeError(message) from error
+    return rule
 
 
 def _setting(text: str) -> dict[str, Value]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from platform import processor
@@ -17,7 +18,7 @@ from paracompile.tune.plan import Plan
 from paracompile.tune.plot import plot
 from paracompile.tune.results import Figures, Job, Results
 from paracompile.tune.runs import Runner, load, run_jobs, state_of
-from paracompile.tune.settings import NO_CACHE, PLAIN, Setting
+from paracompile.tune.settings import NO_CACHE, PLAIN, Setting, setting_by_magnitude
 from paracompile.tune.table import Limits, advice, csv_file, recommended, rows_of, text
 
 __all__ = ["tune"]
@@ -36,17 +37,22 @@ def tune(plan: Plan) -> str:
     """
     judge = None if plan.judge is None else load_judge(plan.judge)
     results = Results(plan.output, _facts(plan))
+    runner = cache(lambda: Runner(load(plan.pipe, plan.device, plan.dtype), plan.call, plan.compiler))
     jobs = {
         setting: [Job(setting, prompt, seed) for prompt in plan.prompts for seed in plan.seeds]
-        for setting in (PLAIN, NO_CACHE, *plan.settings)
+        for setting in (PLAIN, NO_CACHE, *plan.settings, *_by_magnitude(plan, results, runner))
     }
-    figures = run_jobs(
-        [job for places in zip(*jobs.values(), strict=True) for job in places],
-        results,
-        lambda: Runner(load(plan.pipe, plan.device, plan.dtype), plan.call, plan.compiler),
-    )
+    figures = run_jobs([job for places in zip(*jobs.values(), strict=True) for job in places], results, runner)
     qualities = _qualities(jobs, results, judge)
     return _report(plan, jobs, figures, qualities, results)
+
+
+def _by_magnitude(plan: Plan, results: Results, runner: Callable[[], Runner]) -> list[Setting]:
+    """The settings of MagCache's rule, whose table is measured with the first prompt and seed."""
+    if not plan.magnitudes:
+        return []
+    ratios = results.magnitudes(lambda: runner().magnitudes(plan.prompts[0], plan.seeds[0]))
+    return list(dict.fromkeys(setting_by_magnitude(ratios, rule) for rule in plan.magnitudes))
 
 
 def _report(

@@ -30,6 +30,7 @@ class Plan:
         pipe: the pipeline's folder.
         prompts, seeds: each prompt is run with each seed.
         settings: with a cache, in the order in which they are run.
+        magnitudes: of MagCache's rule, limit, most and, where there is a third, retained; one more setting each.
         call: arguments of the pipeline's call besides the prompt and the noise.
         compiler: the option of that name.
         device, dtype: where the pipeline runs, and in which type.
@@ -43,6 +44,7 @@ class Plan:
     prompts: Sequence[str]
     seeds: Sequence[int]
     settings: Sequence[Setting]
+    magnitudes: Sequence[tuple[float, ...]]
     call: Mapping[str, Any]
     compiler: Compiler
     device: str
@@ -54,8 +56,8 @@ class Plan:
     grid_rows: int
 
     def __post_init__(self) -> None:
-        if not self.settings:
-            raise ParacompileError("nothing to run: give thresholds (--rdt 0.04,0.08) or --setting")
+        if not self.settings and not self.magnitudes:
+            raise ParacompileError("nothing to run: give thresholds (--rdt 0.04,0.08), --magnitude or --setting")
         if self.min_score is not None and self.judge is None:
             raise ParacompileError("--min-score needs a judge: give --judge FILE as well")
 

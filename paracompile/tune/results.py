@@ -1,6 +1,7 @@
 """The output folder: finished pictures with their figures, so that a second start goes on where the first stopped.
 
 run.json                            what all pictures have in common; another run does not go into the same folder
+magnitudes.json                     how large what blocks add is in each step, where that was asked for
 pictures/<setting>/<picture>.png    a picture
 pictures/<setting>/<picture>.json   its figures, written last: without them the picture does not count
 """
@@ -94,6 +95,15 @@ class Results:
         """The figures of a finished picture; None where it is still to be made."""
         known = _read(self._path(job, ".json"))
         return Figures(**known["figures"]) if known is not None and self._path(job, ".png").exists() else None
+
+    def magnitudes(self, measure: Callable[[], list[float]]) -> list[float]:
+        """The ratios of magnitudes; measured once."""
+        path = self.folder / "magnitudes.json"
+        if not path.exists():
+            found = measure()
+            _write(path, lambda half: half.write_text(json.dumps(found) + "\n"))
+        ratios: list[float] = json.loads(path.read_text())
+        return ratios
 
     def picture(self, job: Job) -> Image.Image:
         """A finished picture."""

@@ -26,7 +26,7 @@ import paracompile
 from paracompile.errors import ParacompileError
 from paracompile.torch_private import BackendCompilerFailed
 from paracompile.tune.results import Figures, Job, Results
-from paracompile.tune.settings import Setting
+from paracompile.tune.settings import Setting, setting_of
 
 __all__ = ["Runner", "check_call", "load", "run_jobs", "state_of"]
 
@@ -149,6 +149,13 @@ class Runner:
             picture, seconds = self._call(model, job)
             if len(model.reports) == compiled:
                 return picture, self._figures(model, job.setting, seconds)
+
+    def magnitudes(self, prompt: str, seed: int) -> list[float]:
+        """For each step, how large what the blocks add is, relative to the step before; of the first pass."""
+        job = Job(setting_of({"rdt": _ALWAYS}), prompt, seed)
+        model = self._prepared(job)
+        self._models[job.setting.fixed] = model
+        return next(iter(paracompile.magnitude_ratios(model.module, lambda: self._call(model, job)).values()))
 
     def _prepared(self, job: Job) -> _Model:
         """Compiled for a setting, by a first call.

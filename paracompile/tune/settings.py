@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from paracompile.errors import OptionError, ParacompileError
 from paracompile.options import Options
+from paracompile.step_plans import steps_by_magnitude
 
 __all__ = [
     "FLAGS",
@@ -20,6 +21,8 @@ __all__ = [
     "by_compile",
     "knob_text",
     "knob_value",
+    "plan_of",
+    "setting_by_magnitude",
     "setting_of",
     "sweep",
 ]
@@ -35,13 +38,15 @@ KNOBS: dict[str, str] = {
     "steps": "a letter for each step: 1 computes, 0 skips, ? decides by the threshold",
     "watch": "what tells how much changed: residual or modulation",
     "coefficients": "of the polynomial through which changes add up, with colons between them (1:0: as they are)",
-    "first_blocks": "blocks at the front that are always computed, and decide",
+    "first_blocks": "blocks at the front that are always computed, and decide (0: with --watch modulation)",
     "last_blocks": "blocks at the end that are always computed",
 }
 """The options of the cache by name, and what they are for the help; all but the first are fixed in the graph."""
 
 FLAGS: dict[str, str] = {name: name.replace("_", "-") for name in KNOBS} | {"steps": "step-plan"}
 """What each is called on the command line, where --steps is the pipeline's."""
+
+_NOT_ASKED, _RETAINED = 1e-6, 0.2
 
 _DEFAULTS = {name: getattr(Options(), name) for name in KNOBS}
 
@@ -101,6 +106,23 @@ def setting_of(values: Mapping[str, Value]) -> Setting:
     Options.parse(values)
     knobs = tuple((name, values[name]) for name in KNOBS if name in values and values[name] != _DEFAULTS[name])
     return Setting(", ".join(f"{FLAGS[name]} {knob_text(value)}" for name, value in knobs), knobs)
+
+
+def plan_of(ratios: Sequence[float], rule: tuple[float, ...]) -> str:
+    """The plan of steps by MagCache's rule: limit, most, and where there is a third, retained.
+
+    raises:
+        OptionError: a rule that cannot work.
+        ValueError: not two or three numbers.
+    """
+    limit, most, retained = rule if len(rule) == 3 else (*rule, _RETAINED)
+    return steps_by_magnitude(ratios, limit=limit, most=int(most), retained=retained)
+
+
+def setting_by_magnitude(ratios: Sequence[float], rule: tuple[float, ...]) -> Setting:
+    """The setting that skips by this plan; its threshold is never asked."""
+    setting = setting_of({"rdt": _NOT_ASKED, "steps": plan_of(ratios, rule)})
+    return replace(setting, name=f"magnitude {knob_text(rule)} ({plan_of(ratios, rule)})")
 
 
 def sweep(values: Mapping[str, Sequence[Value]]) -> list[Setting]:

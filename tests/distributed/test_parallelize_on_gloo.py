@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -116,3 +117,82 @@ def test_adapters_come_and_go_on_two_ranks(two_ranks: Pool) -> None:
     for differences in two_ranks.run(adapters):
         assert len(differences) == 11
         assert max(differences) < 1e-5
+
+
+def with_encoders() -> Any:
+    """A pipeline whose text encoders are its own."""
+    pipe = load()
+    pipe.text_encoder, pipe.text_encoder_2 = copy.deepcopy(pipe.text_encoder), copy.deepcopy(pipe.text_encoder_2)
+    return pipe
+
+
+def bytes_of(module: torch.nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
+
+
+def placed(rank: int) -> dict[str, Any]:
+    """What a rank ends with where each text encoder is on one rank."""
+    plain = load()
+    found: dict[str, Any] = {"plain": latents(plain)}
+    embeds = plain.encode_prompt("a circle", "a circle", max_sequence_length=plain.tokenizer_2.model_max_length)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        pipe = paracompile.parallelize(with_encoders(), compiler="eager", text_encoders=True)
+    paracompile.parallelize(pipe, compiler="eager", text_encoders=True)  # once more does no harm
+    found["said"] = said.getvalue().splitlines()
+    found["held"] = [bytes_of(encoder) for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
+    found["whole"] = [bytes_of(encoder) for encoder in (plain.text_encoder, plain.text_encoder_2)]
+    found["picture"] = latents(pipe)
+    found["first output"] = type(pipe.text_encoder(torch.tensor([[1, 2]]), output_hidden_states=False)).__name__
+    here = pipe.encode_prompt("a circle", "a circle", max_sequence_length=plain.tokenizer_2.model_max_length)
+    found["embeds"] = [torch.allclose(one, other, atol=1e-5) for one, other in zip(here, embeds, strict=True)]
+    return found
+
+
+def test_each_text_encoder_is_on_one_rank(two_ranks: Pool) -> None:
+    first, second = two_ranks.run(placed)
+    large, small = first["whole"]
+    assert 0 < small < large
+    assert first["held"] == [large, 0]
+    assert second["held"] == [0, small]
+    assert first["said"][2:] == [
+        "  text_encoder (CLIPTextModel): on rank 0",
+        "  text_encoder_2 (T5EncoderModel): on rank 1",
+    ]
+    for each in (first, second):
+        check(each["picture"], first["plain"])
+        assert all(each["embeds"])
+        assert each["first output"] == "BaseModelOutputWithPooling"
+    assert torch.equal(first["picture"], second["picture"])
+
+
+def misused(rank: int) -> list[str]:
+    """What a rank is told where the other one got another prompt, or asks for weights that it has not."""
+    pipe = paracompile.parallelize(with_encoders(), compiler="eager", text_encoders=True)
+    ids = torch.tensor([[1, 2]])
+
+    def its_part() -> None:
+        pipe.text_encoder_2.get_input_embeddings()(ids)
+        pipe.text_encoder_2(ids)
+
+    def its_weights() -> None:
+        pipe.text_encoder_2.state_dict()
+        pipe.text_encoder_2(ids)
+
+    def calls() -> Iterator[Callable[[], object]]:
+        yield lambda: pipe.text_encoder(ids + rank)
+        yield its_part
+        yield its_weights
+
+    told = []
+    for call in calls():
+        with pytest.raises(paracompile.ParacompileError) as error:
+            call()
+        told.append(str(error.value))
+    return told
+
+
+def test_what_needs_the_weights_elsewhere_is_an_error_on_all_ranks(two_ranks: Pool) -> None:
+    elsewhere = "text_encoder_2 is on rank 1, and its weights, or a part of it, are wanted on rank 0"
+    for told in two_ranks.run(misused):
+        for message, why in zip(told, ("ranks differ in 'inputs'", elsewhere, elsewhere), strict=True):
+            assert why in message
