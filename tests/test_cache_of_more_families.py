@@ -16,7 +16,7 @@ from more_families import MORE_FAMILIES
 QUICK = ("krea2", "flux2-klein", "bria_fibo", "sana")
 
 CASES = [
-    pytest.param(name, ranks, marks=[] if name in QUICK and ranks < 4 else pytest.mark.full)
+    pytest.param(name, ranks, marks=[] if name in QUICK and ranks == 2 else pytest.mark.full)
     for name in MORE_FAMILIES
     for ranks in (1, 2, 4)
 ]

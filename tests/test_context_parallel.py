@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from quick import quick
 from random_tensors import draw, randomise
 from small_models import (
     BATCH,
@@ -381,11 +382,12 @@ SITUATIONS: list[tuple[Mesh, tuple[int, ...], int, int]] = [
     ({"batch": 2, "ulysses": 2}, (5, 1, 8), 3, 2),
     ({"batch": 2, "ring": 2}, (7,), 4, 3),
 ]
+ALL_SITUATIONS = [(*situation, index % 2 == 0) for index, situation in enumerate(SITUATIONS)]
 
 
 @pytest.mark.parametrize(
     "mesh, lengths, number, batch, boolean",
-    [(*situation, index % 2 == 0) for index, situation in enumerate(SITUATIONS)],
+    quick(ALL_SITUATIONS, *ALL_SITUATIONS[::3]),
     ids=lambda value: mesh_name(value) if isinstance(value, dict) else None,
 )
 def test_every_form_of_attention(mesh: Mesh, lengths: tuple[int, ...], number: int, batch: int, boolean: bool) -> None:

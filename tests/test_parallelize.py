@@ -87,6 +87,7 @@ def test_the_vae_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(half._compiled_call_impl is not None for half in (pipe.vae.encoder, pipe.vae.decoder))
 
 
+@pytest.mark.full
 def test_with_the_default_compiler() -> None:
     plain, interpreted, pipe = load(), load(), load()
     parallelize(interpreted, rdt=ALWAYS, compiler="eager")
@@ -134,6 +135,7 @@ def with_adapters(pipe: Any) -> Iterator[Tensor]:
     yield latents(pipe)
 
 
+@pytest.mark.full
 def test_adapters_come_and_go_and_a_scale_that_changes_compiles_nothing() -> None:
     torch._dynamo.reset()
     pipe = parallelize(load(), rdt=ALWAYS, compiler="eager")

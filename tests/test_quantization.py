@@ -83,14 +83,8 @@ def test_each_way_of_quantising_with_the_cache(kind: str, way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind, bound",
-    [
-        pytest.param("float8 weights", 1e-5),
-        pytest.param("int8 weights", 1e-5, marks=pytest.mark.full),
-        pytest.param("int8", ONE_OFF, marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("kind, bound", [("float8 weights", 1e-5), ("int8 weights", 1e-5), ("int8", ONE_OFF)])
 def test_under_inductor_with_the_cache(kind: str, bound: float) -> None:
     pipe = by_quantize_(kind)
     expected = latents(pipe, num_inference_steps=2)

@@ -199,6 +199,7 @@ def small_generation(rank: int, compiler: str) -> list[tuple[Tensor, Hits]]:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_inductor(ranks: int, two_ranks: Pool) -> None:
     expected = small_generation(0, "eager")
