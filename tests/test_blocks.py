@@ -82,7 +82,7 @@ def image_of_each_block(family: str, of: Captured) -> tuple[Tensor, list[Tensor]
     return entered[0], left
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", quick(ALL_FAMILIES, "flux", "wan", "mochi"))
 def test_the_blocks_and_the_stream_of_a_family(family: str) -> None:
     """All lists in sequence are one run, and the stream is the image's, value for value."""
     of = captured(family)

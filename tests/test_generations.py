@@ -212,6 +212,7 @@ torch.save(generate(fresh(family), prompts(family, seed=1)), file)
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_b_after_a_equals_b_alone_in_a_fresh_process(tmp_path: Path, name: str) -> None:
     torch._dynamo.reset()

@@ -16,6 +16,7 @@ import torch
 from denoising import ALWAYS
 from diffusers import FluxPipeline, FluxTransformer2DModel, PipelineQuantizationConfig, TorchAoConfig
 from quantised import BY_TENSOR, KINDS, WIDTH, block, quantise, tokens
+from quick import quick
 from random_tensors import draw
 from small_models import mesh_name, shard
 from test_parallelize import FOLDER, latents, load
@@ -102,7 +103,7 @@ MESHES: list[Any] = [2, 3, {"batch": 2, "ulysses": 2}]
 RING: dict[str, int] = {"ring": 2, "ulysses": 2}
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=mesh_name)
+@pytest.mark.parametrize("mesh", quick(MESHES, 2, {"batch": 2, "ulysses": 2}), ids=mesh_name)
 @pytest.mark.parametrize("kind", [*KINDS, "float8, by row"])
 def test_ranks_give_what_one_gives_and_exchange_nothing_for_it(kind: str, mesh: Any) -> None:
     model, x = block(kind), tokens(kind)

@@ -456,6 +456,7 @@ def test_a_graph_whose_gradients_are_wanted_is_compiled_as_it_is() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_sizes_on_one_rank() -> None:
     """A second size is compiled in regions, as the first was; symbols that were asked for stay, in one piece."""
     model = randomise(Denoiser(4))
@@ -521,7 +522,11 @@ def steps_of(count: int) -> list[Inputs]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"regions": False}, {"rdt": 1e9}, {"rdt": 1e9, "regions": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    quick([{}, {"regions": False}, {"rdt": 1e9}, {"rdt": 1e9, "regions": False}], {"rdt": 1e9}),
+    ids=str,
+)
 def test_under_inductor(options: dict[str, Any]) -> None:
     """The same numbers in regions and in one piece."""
     model = randomise(Denoiser(4))

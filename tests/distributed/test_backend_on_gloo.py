@@ -332,6 +332,7 @@ def at_resolutions(
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_every_resolution_is_sharded_and_right(two_ranks: Pool) -> None:
     sizes = [(6, 8), (4, 8), (6, 8)]
     for found, expected, graphs, warned in two_ranks.run(at_resolutions, sizes, 8):

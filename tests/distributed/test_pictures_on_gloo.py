@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from diffusers import FluxPipeline
 from pool import Pool
@@ -56,6 +57,7 @@ def test_two_ranks_draw_what_one_draws(two_ranks: Pool) -> None:
             assert np.abs(found - plain).max() <= 1
 
 
+@pytest.mark.full
 def test_two_ranks_with_the_cache_draw_alike(two_ranks: Pool) -> None:
     pipeline = load()
     expected = [picture(pipeline, prompt) for prompt in PROMPTS]
