@@ -679,7 +679,7 @@ class SomeSumming(Denoiser):
         return (self.proj_out(x),)
 
 
-@pytest.mark.parametrize("mesh", [{"ulysses": 2}, {"batch": 2, "ulysses": 2}], ids=mesh_name)
+@pytest.mark.parametrize("mesh", quick([{"ulysses": 2}, {"batch": 2, "ulysses": 2}], {"ulysses": 2}), ids=mesh_name)
 @pytest.mark.parametrize(
     "which, before", [("sss", True), ("ttt", True), ("tts", False), ("tss", False), ("stt", False), ("sts", True)]
 )

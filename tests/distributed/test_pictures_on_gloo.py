@@ -48,6 +48,7 @@ def drawn(rank: int, rdt: float | None) -> list[np.ndarray[Any, Any]]:
     return pictures
 
 
+@pytest.mark.full
 def test_two_ranks_draw_what_one_draws(two_ranks: Pool) -> None:
     pipeline = load()
     expected = [picture(pipeline, prompt) for prompt in PROMPTS]

@@ -139,9 +139,8 @@ def hooked(rank: int, hook: str) -> tuple[list[list[Tensor]], list[Tensor], set[
         return [call(compiled, inputs) for _ in range(2)], expected, {report.ranks for report in reports}
 
 
-@pytest.mark.parametrize(
-    "hook", ["layerwise casting", *(pytest.param(name, marks=pytest.mark.full) for name in ("group offload", "cache"))]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("hook", ["layerwise casting", "group offload", "cache"])
 def test_hooks_of_diffusers(hook: str, two_ranks: Pool) -> None:
     for calls, expected, ranks in two_ranks.run(hooked, hook):
         assert ranks == {1, 2}
