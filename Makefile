@@ -7,7 +7,7 @@ GPU_ARGS ?=
 WHEELS_FOR ?= 3.12
 # Tests of one file share what was captured and compiled, so a file stays with one worker.
 WORKERS ?= 2
-# What make test leaves out; with "full or slow" Inductor's tests, too.
+# The marks of tests that make test leaves out, as pytest takes them: "full or slow" is quicker still.
 WITHOUT ?= full
 PYTEST_ARGS ?=
 
