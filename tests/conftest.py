@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch._C._dynamo.guards import GlobalStateGuard
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # two threads of one core are slower than one
+    gc.set_threshold(100_000, 20, 20)  # graphs are many objects, which each collection looks at
     # pytest gives every logger that does not propagate a handler, for which this one would write down each compile
     logging.getLogger("torch.__trace").propagate = True
 

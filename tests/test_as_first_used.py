@@ -6,11 +6,12 @@ import pytest
 import torch
 from as_used import EVERYTHING, build, largest_difference, steps
 from families import ALL_FAMILIES
+from quick import quick
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", quick(ALL_FAMILIES, "wan"))
 def test_computed_and_skipped_steps(family: str) -> None:
     of = build(family)
     found, hits = steps(of, {})
@@ -19,12 +20,8 @@ def test_computed_and_skipped_steps(family: str) -> None:
     assert largest_difference(found, expected) < 1e-5
 
 
-QUICK = ("wan", "qwen_image")
-
-
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.full) for name in ALL_FAMILIES]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_with_everything_on(family: str) -> None:
     """Quantised weights, warm-up, an extrapolation, a last block that is always computed."""
     pytest.importorskip("torchao.quantization")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from autoencoders import AUTOENCODERS, decoding, encoding
+from quick import quick
 from small_models import assert_sharded
 from torch import nn
 
@@ -32,7 +33,7 @@ def test_decoding(name: str, ranks: int) -> None:
     assert sharded.share < 1.25 / ranks + 0.1
 
 
-@cases
+@pytest.mark.parametrize("name", quick(AUTOENCODERS, "flux", "cogvideox"))
 @on_ranks
 def test_encoding(name: str, ranks: int) -> None:
     pixels = AUTOENCODERS[name].pixels(ROWS, COLUMNS)
@@ -54,7 +55,7 @@ def test_every_row_depends_on_the_ones_beside_it(name: str) -> None:
     assert float(difference) > 1e-3 * float(whole.abs().max())
 
 
-@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize("name", quick(["flux", "wan"], "flux"))
 def test_the_other_spatial_dimension_is_cut_where_there_is_more_of_it(name: str) -> None:
     sharded = assert_sharded(decoding(built(name)), [AUTOENCODERS[name].latents(3, 8)], 4, tolerance=1e-5)
     assert sharded.report.notes[0].startswith("images are cut along their width, 8 positions")

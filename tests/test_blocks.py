@@ -10,6 +10,7 @@ import torch
 from by_hand import IMAGE_SECOND
 from capture import Captured, capture, captured
 from families import ALL_FAMILIES, Inputs
+from quick import quick
 from random_tensors import draw, randomise
 from small_models import BATCH, IMAGE, TEXT, WIDTH, Block, Denoiser, Joint, image_tokens, text_tokens
 from torch import Tensor, fx, nn
@@ -81,7 +82,7 @@ def image_of_each_block(family: str, of: Captured) -> tuple[Tensor, list[Tensor]
     return entered[0], left
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", quick(ALL_FAMILIES, "flux", "wan", "mochi"))
 def test_the_blocks_and_the_stream_of_a_family(family: str) -> None:
     """All lists in sequence are one run, and the stream is the image's, value for value."""
     of = captured(family)
@@ -102,7 +103,10 @@ def test_a_last_block_that_drops_the_text_is_one_of_the_blocks(family: str) -> N
     assert len(blocks[-1].nodes) < len(blocks[-2].nodes)
 
 
-@pytest.mark.parametrize("family, sizes", [("flux", {"image": (2, 3)}), ("hunyuan_video", {"size": (1, 4, 6)})])
+@pytest.mark.parametrize(
+    "family, sizes",
+    quick([("flux", {"image": (2, 3)}), ("hunyuan_video", {"size": (1, 4, 6)})], ("flux", {"image": (2, 3)})),
+)
 def test_the_stream_is_the_image_s_also_where_the_text_is_longer(family: str, sizes: dict[str, Any]) -> None:
     of = captured(family, **sizes)
     gm = in_aten(of)

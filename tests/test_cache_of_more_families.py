@@ -50,7 +50,7 @@ FAMILIES = {
 QUICK = ("krea2", "flux2-klein", "bria_fibo", "sana", "helios", "cosmos_3")
 
 CASES = [
-    pytest.param(name, ranks, marks=[] if name in QUICK and ranks < 4 else pytest.mark.full)
+    pytest.param(name, ranks, marks=[] if name in QUICK and ranks == 2 else pytest.mark.full)
     for name in FAMILIES
     for ranks in (1, 2, 4)
 ]

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from families import FAMILIES
+from quick import quick
 from random_tensors import draw
 from small_models import (
     BATCH,
@@ -195,7 +196,7 @@ def test_a_function_that_makes_another_shape_is_told() -> None:
 # As a user runs it
 
 
-@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("compiler", quick(["eager", "inductor"], "eager"))
 def test_as_an_option(compiler: str) -> None:
     """Batch 1, the cache on, computed and skipped."""
     own, of = Masked(), as_used.build("flux")

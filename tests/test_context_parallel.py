@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from quick import quick
 from random_tensors import draw, randomise
 from small_models import (
     BATCH,
@@ -381,11 +382,12 @@ SITUATIONS: list[tuple[Mesh, tuple[int, ...], int, int]] = [
     ({"batch": 2, "ulysses": 2}, (5, 1, 8), 3, 2),
     ({"batch": 2, "ring": 2}, (7,), 4, 3),
 ]
+ALL_SITUATIONS = [(*situation, index % 2 == 0) for index, situation in enumerate(SITUATIONS)]
 
 
 @pytest.mark.parametrize(
     "mesh, lengths, number, batch, boolean",
-    [(*situation, index % 2 == 0) for index, situation in enumerate(SITUATIONS)],
+    quick(ALL_SITUATIONS, *ALL_SITUATIONS[::3]),
     ids=lambda value: mesh_name(value) if isinstance(value, dict) else None,
 )
 def test_every_form_of_attention(mesh: Mesh, lengths: tuple[int, ...], number: int, batch: int, boolean: bool) -> None:
@@ -501,7 +503,9 @@ def test_a_batch_smaller_than_its_axis_is_refused(batch: int, ranks: int) -> Non
     assert "without max_batch_dim_size" in str(caught.value)
 
 
-@pytest.mark.parametrize("mesh", [2, 4, {"ring": 2}, {"ring": 2, "ulysses": 2}], ids=mesh_name)
+@pytest.mark.parametrize(
+    "mesh", quick([2, 4, {"ring": 2}, {"ring": 2, "ulysses": 2}], 4, {"ring": 2, "ulysses": 2}), ids=mesh_name
+)
 @pytest.mark.parametrize("queries, keys", [(6, 3), (6, 1), (9, 3), (2, 1)])
 def test_key_heads_that_do_not_divide(queries: int, keys: int, mesh: Mesh) -> None:
     model = randomise(Attend(queries=queries, keys=keys, enable_gqa=True))

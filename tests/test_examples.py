@@ -115,6 +115,7 @@ def check(name: str, shown: Shown, *, ranks: int, runs: int = 3) -> None:
 # In `make test`
 
 
+@pytest.mark.full
 def test_flux_on_two_ranks_with_inductor(tmp_path: Path) -> None:
     shown = shown_by("flux", tmp_path, "--no-vae", ranks=2)
     check("flux", shown, ranks=2)
@@ -124,6 +125,7 @@ def test_flux_on_two_ranks_with_inductor(tmp_path: Path) -> None:
     assert shown.lines[-1].startswith("try next: ")
 
 
+@pytest.mark.full
 def test_a_video_by_two_transformers(tmp_path: Path) -> None:
     shown = shown_by("wan", tmp_path, "--two-transformers", "--compiler", "eager")
     check("wan", shown, ranks=1)

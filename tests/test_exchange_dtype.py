@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from capture import captured, shard
+from quick import quick
 from random_tensors import draw
 from small_models import (
     SIZE,
@@ -108,7 +109,7 @@ def test_bytes_of_an_exchange(dtype: torch.dtype, share: int) -> None:
 
 
 @pytest.mark.parametrize("kind, bound", [(FP8, 0.03), (INT8, 0.005)], ids=str)
-@pytest.mark.parametrize("family", ["flux", "wan", "hunyuan_video"])
+@pytest.mark.parametrize("family", quick(["flux", "wan", "hunyuan_video"], "wan"))
 def test_families(family: str, kind: torch.dtype, bound: float) -> None:
     """With random weights, which nothing has made robust, in units of the largest value."""
     of = captured(family)

@@ -10,6 +10,7 @@ from typing import Any
 
 import fake_cuda
 import pytest
+from quick import quick
 
 pytestmark = pytest.mark.slow
 
@@ -54,12 +55,9 @@ ATTENTIONS = {
     "wan": (2, 2, False),  # two to the text
     "stable_diffusion_3": (0, 3, False),
 }
-QUICK = ("flux", "hunyuan_video")
 
 
-@pytest.mark.parametrize(
-    "model", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.full) for name in ATTENTIONS]
-)
+@pytest.mark.parametrize("model", quick(ATTENTIONS, "hunyuan_video"))
 def test_graphs_at_real_size(model: str, library: Path) -> None:
     seen = run(library, "graphs", model)
     once, in_steps, masked = ATTENTIONS[model]
@@ -78,9 +76,8 @@ def test_graphs_at_real_size(model: str, library: Path) -> None:
             assert found["upcasts"] == (in_steps if steps > 1 else 0) + (5 if cache == "a cache" else 0), mesh
 
 
-@pytest.mark.parametrize(
-    "model", [pytest.param(name, marks=[] if name == "wan" else pytest.mark.full) for name in ATTENTIONS]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("model", ATTENTIONS)
 def test_the_code_for_a_gpu_keeps_the_order_of_exchanges(model: str, library: Path) -> None:
     """No exchange starts later, and none is awaited earlier, than in the graph, in which `early_waits` are none."""
     seen = run(library, "code", model)

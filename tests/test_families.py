@@ -10,6 +10,7 @@ import pytest
 import torch
 from capture import assert_equal, captured, inside, sharded
 from families import FAMILIES
+from quick import quick
 from torch import fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +24,7 @@ from paracompile.patterns.rules import rule_for
 RANKS = (2, 4)
 
 all_families = pytest.mark.parametrize("family", FAMILIES)
-all_ranks = pytest.mark.parametrize("ranks", RANKS)
+all_ranks = pytest.mark.parametrize("ranks", quick(RANKS, 2))
 
 
 def collectives(gm: fx.GraphModule) -> list[fx.Node]:

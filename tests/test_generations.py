@@ -182,7 +182,7 @@ SIZES: dict[str, list[dict[str, Any]]] = {  # batch, resolution, prompt length
 @pytest.mark.parametrize(
     "family, sizes",
     [
-        pytest.param(family, sizes, marks=[] if family == "wan" else pytest.mark.full, id=f"{family}-{sizes}")
+        pytest.param(family, sizes, marks=[] if sizes is SIZES["wan"][1] else pytest.mark.full, id=f"{family}-{sizes}")
         for family, changes in SIZES.items()
         for sizes in changes
     ],
@@ -212,9 +212,8 @@ torch.save(generate(fresh(family), prompts(family, seed=1)), file)
 """
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "flux" else pytest.param(name, marks=pytest.mark.full) for name in ALL_FAMILIES]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_b_after_a_equals_b_alone_in_a_fresh_process(tmp_path: Path, name: str) -> None:
     torch._dynamo.reset()
     model, of = fresh(name), prompts(name, seed=1)

@@ -23,6 +23,7 @@ def run(folder: Path, *arguments: str) -> tuple[int, list[str], dict[str, Any]]:
     return done.returncode, done.stdout.splitlines(), json.loads(out.read_text())
 
 
+@pytest.mark.full
 def test_kernels_and_a_model_of_real_size(tmp_path: Path) -> None:
     code, lines, figures = run(tmp_path, "kernels", "flux", "--variants", "rank of 2, rdt")
     assert code == 0, lines

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from families import FAMILIES
+from quick import quick
 from torch._inductor.utils import run_and_get_code
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -104,7 +105,7 @@ def wan_code(_two_ranks_on_paper: None) -> Code:
     return compile_family("wan", blocks=2)
 
 
-@pytest.fixture(params=["flux", "wan"])
+@pytest.fixture(params=quick(["flux", "wan"], "flux"))
 def code(request: pytest.FixtureRequest) -> Code:
     found: Code = request.getfixturevalue(f"{request.param}_code")
     return found

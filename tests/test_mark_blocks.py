@@ -13,6 +13,7 @@ from cached import ALWAYS, NEVER, CachedGraphs, cached
 from capture import Captured, assert_equal, capture, captured
 from families import Inputs
 from pieces import framepack
+from quick import quick
 from random_tensors import draw, randomise
 from small_models import BATCH, IMAGE, WIDTH, Block, Denoiser, SelfAttention, count, heads, image_tokens, merge
 from torch import Tensor, fx, nn
@@ -97,7 +98,10 @@ def test_the_sample_and_the_times() -> None:
     assert ["timestep" in names[place] for place in skipped.times] == [True]
 
 
-@pytest.mark.parametrize("family, times", [("flux", 2), ("hunyuan_video", 2), ("wan", 1), ("ltx_video", 1)])
+@pytest.mark.parametrize(
+    "family, times",
+    quick([("flux", 2), ("hunyuan_video", 2), ("wan", 1), ("ltx_video", 1)], ("flux", 2), ("wan", 1)),
+)
 def test_the_sample_and_the_times_of_families(family: str, times: int) -> None:
     """Timestep, and guidance where there is one; never the text, which may be longer than the image."""
     of = captured(family)
@@ -386,7 +390,7 @@ class Flex(SelfAttention):
         return self.to_out(merge(attended))
 
 
-@pytest.mark.parametrize("how", ["bias", "mask"])
+@pytest.mark.parametrize("how", quick(["bias", "mask"], "bias"))
 def test_flex_attention(how: str) -> None:
     model = Denoiser(4)
     for block in model.blocks:

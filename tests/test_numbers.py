@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from all_ranks import of_all_ranks
 from lockstep import run_lockstep
+from quick import quick
 from random_tensors import draw, randomise
 from small_models import BATCH, Block, Denoiser, Mesh, Transformer, close, image_tokens, mesh_name, mesh_sizes
 from torch import Tensor, fx
@@ -172,8 +174,18 @@ def test_ranks_share_a_graph_of_numbers(mesh: Mesh) -> None:
     assert graphs == 2
 
 
-@pytest.mark.parametrize("options", [{}, {"rdt": 1e-9}, {"rdt": 1e-9, "verify": True}], ids=str)
-@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+OPTIONS: list[dict[str, Any]] = [{}, {"rdt": 1e-9}, {"rdt": 1e-9, "verify": True}]
+
+
+@pytest.mark.parametrize(
+    "options, compiler",
+    quick(
+        product(OPTIONS, ("eager", "inductor")),
+        *((options, "eager") for options in OPTIONS),
+        ({"rdt": 1e-9}, "inductor"),
+    ),
+    ids=str,
+)
 def test_a_scale_that_changes_compiles_once_more_on_one_rank(compiler: str, options: dict[str, Any]) -> None:
     reports: list[Report] = []
     model = randomise(Denoiser(block=Scaled))

@@ -92,6 +92,7 @@ def test_one_rank_holds_all_text_encoders() -> None:
     assert torch.equal(latents(pipe), latents(load()))
 
 
+@pytest.mark.full
 def test_with_the_default_compiler() -> None:
     plain, interpreted, pipe = load(), load(), load()
     parallelize(interpreted, rdt=ALWAYS, compiler="eager")
@@ -139,6 +140,7 @@ def with_adapters(pipe: Any) -> Iterator[Tensor]:
     yield latents(pipe)
 
 
+@pytest.mark.full
 def test_adapters_come_and_go_and_a_scale_that_changes_compiles_nothing() -> None:
     torch._dynamo.reset()
     pipe = parallelize(load(), rdt=ALWAYS, compiler="eager")

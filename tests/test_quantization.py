@@ -16,6 +16,7 @@ import torch
 from denoising import ALWAYS
 from diffusers import FluxPipeline, FluxTransformer2DModel, PipelineQuantizationConfig, TorchAoConfig
 from quantised import BY_TENSOR, KINDS, WIDTH, block, quantise, tokens
+from quick import quick
 from random_tensors import draw
 from small_models import mesh_name, shard
 from test_parallelize import FOLDER, latents, load
@@ -83,14 +84,8 @@ def test_each_way_of_quantising_with_the_cache(kind: str, way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind, bound",
-    [
-        pytest.param("float8 weights", 1e-5),
-        pytest.param("int8 weights", 1e-5, marks=pytest.mark.full),
-        pytest.param("int8", ONE_OFF, marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("kind, bound", [("float8 weights", 1e-5), ("int8 weights", 1e-5), ("int8", ONE_OFF)])
 def test_under_inductor_with_the_cache(kind: str, bound: float) -> None:
     pipe = by_quantize_(kind)
     expected = latents(pipe, num_inference_steps=2)
@@ -108,7 +103,7 @@ MESHES: list[Any] = [2, 3, {"batch": 2, "ulysses": 2}]
 RING: dict[str, int] = {"ring": 2, "ulysses": 2}
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=mesh_name)
+@pytest.mark.parametrize("mesh", quick(MESHES, 2, {"batch": 2, "ulysses": 2}), ids=mesh_name)
 @pytest.mark.parametrize("kind", [*KINDS, "float8, by row"])
 def test_ranks_give_what_one_gives_and_exchange_nothing_for_it(kind: str, mesh: Any) -> None:
     model, x = block(kind), tokens(kind)
@@ -119,7 +114,7 @@ def test_ranks_give_what_one_gives_and_exchange_nothing_for_it(kind: str, mesh: 
     assert "all_reduce" not in sharded.collectives
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=mesh_name)
+@pytest.mark.parametrize("mesh", quick(MESHES, 2, {"batch": 2, "ulysses": 2}), ids=mesh_name)
 @pytest.mark.parametrize("kind", BY_TENSOR)
 def test_one_scale_for_all_tokens_is_of_all_ranks_tokens(kind: str, mesh: Any) -> None:
     """Queries, keys and values share one exchange; three more layers have one each."""

@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from cached import ALWAYS, cached, step
 from capture import Captured, capture, captured
 from families import ALL_FAMILIES, Inputs
 from lockstep import run_lockstep
+from quick import quick
 from random_tensors import draw, randomise
 from small_models import BATCH, IMAGE, WIDTH, Block, Denoiser, Transformer, image_tokens
 from torch import Tensor, fx, nn
@@ -79,10 +81,19 @@ def as_eager(gm: fx.GraphModule) -> Program:
 
 @pytest.mark.parametrize(
     "family, mesh",
-    [
-        *((family, {"ulysses": ranks}) for family in ALL_FAMILIES for ranks in (1, 2)),
-        *((family, mesh) for family in ("flux", "hunyuan_video") for mesh in ({"ring": 2}, {"ring": 2, "ulysses": 2})),
-    ],
+    quick(
+        [
+            *((family, {"ulysses": ranks}) for family in ALL_FAMILIES for ranks in (1, 2)),
+            *(
+                (family, mesh)
+                for family in ("flux", "hunyuan_video")
+                for mesh in ({"ring": 2}, {"ring": 2, "ulysses": 2})
+            ),
+        ],
+        ("wan", {"ulysses": 1}),
+        ("mochi", {"ulysses": 2}),
+        ("flux", {"ring": 2, "ulysses": 2}),
+    ),
     ids=str,
 )
 def test_the_same_work_in_regions(family: str, mesh: dict[str, int]) -> None:
@@ -128,8 +139,7 @@ def hidden(nodes: Iterator[fx.Node]) -> list[int]:
     return under
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family, ranks", quick(product(ALL_FAMILIES, (1, 2)), ("wan", 1), ("flux", 2), ("mochi", 2)))
 def test_steps_with_a_cache_in_regions(family: str, ranks: int) -> None:
     """Computed and skipped steps, bit for bit."""
     of, mesh = captured(family), {"ulysses": ranks}
@@ -186,7 +196,10 @@ def test_on_two_ranks_work_under_an_exchange_stays_there() -> None:
         assert len(regions_of(gm)) == 5
 
 
-@pytest.mark.parametrize("family, lists", [("wan", {"blocks": 5}), ("hunyuan_video", {"transformer_blocks": 5})])
+@pytest.mark.parametrize(
+    "family, lists",
+    quick([("wan", {"blocks": 5}), ("hunyuan_video", {"transformer_blocks": 5})], ("wan", {"blocks": 5})),
+)
 def test_equal_blocks_of_other_families(family: str, lists: dict[str, int]) -> None:
     of = deep(family, **lists)
     (count,) = lists.values()
@@ -443,6 +456,7 @@ def test_a_graph_whose_gradients_are_wanted_is_compiled_as_it_is() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_sizes_on_one_rank() -> None:
     """A second size is compiled in regions, as the first was; symbols that were asked for stay, in one piece."""
     model = randomise(Denoiser(4))
@@ -508,7 +522,11 @@ def steps_of(count: int) -> list[Inputs]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"regions": False}, {"rdt": 1e9}, {"rdt": 1e9, "regions": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    quick([{}, {"regions": False}, {"rdt": 1e9}, {"rdt": 1e9, "regions": False}], {"rdt": 1e9}),
+    ids=str,
+)
 def test_under_inductor(options: dict[str, Any]) -> None:
     """The same numbers in regions and in one piece."""
     model = randomise(Denoiser(4))

@@ -9,6 +9,7 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from denoising import (
     slots_of,
     steps_of,
 )
+from quick import quick
 from random_tensors import draw, randomise
 from small_models import Transformer, image_tokens
 from torch import Tensor, nn
@@ -303,6 +305,9 @@ def freed(kept: list[weakref.ref[Tensor]]) -> bool:
     return all(reference() is None for reference in kept)
 
 
+ENDINGS = ("reset_cache", "diffusers", "set_rdt", "the model is gone", "Dynamo is reset")
+
+
 @torch.no_grad()
 def test_state_of_a_conditioning_that_is_gone_goes_with_the_next() -> None:
     model, first, second = fresh(), text(1), text(2)
@@ -315,8 +320,14 @@ def test_state_of_a_conditioning_that_is_gone_goes_with_the_next() -> None:
     assert freed(kept)
 
 
-@pytest.mark.parametrize("naming", NAMINGS)
-@pytest.mark.parametrize("ending", ["reset_cache", "diffusers", "set_rdt", "the model is gone", "Dynamo is reset"])
+@pytest.mark.parametrize(
+    "ending, naming",
+    quick(
+        product(ENDINGS, NAMINGS),
+        *((ending, "unnamed") for ending in ENDINGS),
+        *(("reset_cache", naming) for naming in NAMINGS),
+    ),
+)
 def test_state_is_freed_when_a_generation_ends(naming: str, ending: str) -> None:
     model = fresh()
     generate(model, prompts("wan"), naming=naming, steps=2)
@@ -385,7 +396,7 @@ def test_a_generation_of_equal_prompts_is_no_continuation() -> None:
 # At the same time
 
 
-@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("naming", quick(NAMINGS, "unnamed"))
 def test_loops_in_two_threads_share_nothing(naming: str) -> None:
     """Step by step in turn, in copies of one context, under the same names and with the very same conditioning."""
     model = fresh()

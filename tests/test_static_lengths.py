@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from capture import assert_equal, captured, sharded_on
+from quick import quick
 from random_tensors import randomise
 from small_models import (
     BATCH,
@@ -335,7 +336,7 @@ def test_mochi_on_one_rank() -> None:
         assert_equal(graph(*whole.arguments)[0], whole.expected)
 
 
-@on_two_ranks
+@pytest.mark.parametrize("mesh", quick(TWO_RANKS, {"ring": 2}), ids=mesh_name)
 def test_mochi_on_two_ranks(mesh: Mesh) -> None:
     whole = captured("mochi", batch=2)
     for output in sharded_on(mesh_sizes(mesh), "mochi", batch=2).run(whole.arguments):

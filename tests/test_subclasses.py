@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from families import ALL_FAMILIES, Inputs
 from lockstep import run_lockstep
+from quick import quick
 from random_tensors import draw, randomise
 from small_models import BATCH, Denoiser, Transformer, image_tokens, shard
 from torch import Tensor, fx, nn
@@ -58,7 +59,7 @@ def by_formula(model: nn.Module) -> Tensor:
     return model.proj_out(exits[1][0] + (exits[0][-1] - exits[0][0]))
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", quick([torch.no_grad, torch.inference_mode], torch.inference_mode))
 @pytest.mark.parametrize(
     "place, kind", [*((place, KINDS[0]) for place in PLACES), ("all blocks", KINDS[1])], ids=lambda given: given
 )
@@ -78,7 +79,7 @@ def test_a_quantised_model_with_the_cache(place: str, kind: str, mode: Callable[
         assert paracompile.cache_stats(model).hits == 0
 
 
-@pytest.mark.parametrize("family", ["flux", "wan"])
+@pytest.mark.parametrize("family", quick(["flux", "wan"], "wan"))
 def test_a_quantised_family_with_the_cache(family: str) -> None:
     model, inputs = ALL_FAMILIES[family].build()
     quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())

@@ -138,9 +138,10 @@ def test_pipeline_runs_without_a_dtype() -> None:
     assert picture.images[0].size == (pictures.PICTURE_SIZE, pictures.PICTURE_SIZE)
 
 
-some_and_many = pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.full)])
+some_and_many = pytest.mark.parametrize("count", [40, 200])
 
 
+@pytest.mark.full
 @some_and_many
 def test_held_out_prompts_are_painted(pipeline: FluxPipeline, count: int) -> None:
     found = scores(pipeline, count)
@@ -148,6 +149,7 @@ def test_held_out_prompts_are_painted(pipeline: FluxPipeline, count: int) -> Non
     assert fmean(score == 1 for score in found) >= 0.85
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_guidance_steers_nothing(pipeline: FluxPipeline, guidance: float) -> None:
     assert scores(pipeline, 10, guidance_scale=guidance) == scores(pipeline, 10)
@@ -159,6 +161,7 @@ def test_readme_says_what_is_recommended() -> None:
     )
 
 
+@pytest.mark.full
 @some_and_many
 def test_the_cache_keeps_the_score(pipeline: FluxPipeline, count: int) -> None:
     plain = scores(pipeline, count, batch=1)

@@ -11,8 +11,6 @@ from pool import Pool
 
 pytestmark = pytest.mark.slow
 
-QUICK = ("qwen_image",)
-
 
 def on_a_rank(rank: int, family: str, quantised: bool, options: dict[str, Any]) -> Any:
     outputs, hits = steps(build(family, quantised=quantised), {**options, "timeout": 200})
@@ -23,7 +21,7 @@ def families(quick: tuple[str, ...]) -> list[Any]:
     return [pytest.param(name, marks=[] if name in quick else pytest.mark.full) for name in ALL_FAMILIES]
 
 
-@pytest.mark.parametrize("family", families(QUICK))
+@pytest.mark.parametrize("family", families(()))
 def test_computed_and_skipped_steps(family: str, two_ranks: Pool) -> None:
     expected, _ = steps(build(family), {}, compiler="eager")
     for found, hits in two_ranks.run(on_a_rank, family, False, {}):

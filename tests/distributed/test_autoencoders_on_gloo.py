@@ -10,6 +10,7 @@ import torch
 from autoencoders import AUTOENCODERS, decoding, encoding
 from capture import assert_equal
 from pool import Pool
+from quick import quick
 from random_tensors import draw, randomise
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ def compiled_decoder(rank: int, name: str, compiler: str) -> tuple[list[Tensor],
     return found, expected, reports
 
 
-@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiler", quick(["eager", "inductor"], "eager"))
 def test_a_compiled_decoder_gives_the_plain_one_s_picture(compiler: str, two_ranks: Pool) -> None:
     for found, expected, reports in two_ranks.run(compiled_decoder, "flux", compiler):
         for one, other in zip(found, expected, strict=True):
@@ -41,7 +42,7 @@ def test_a_compiled_decoder_gives_the_plain_one_s_picture(compiler: str, two_ran
         assert report.flops_rank < 0.65 * report.flops_whole
 
 
-@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+@pytest.mark.parametrize("name", quick(["wan", "cogvideox"], "wan"))
 def test_a_loop_over_frames_in_python_stays_and_its_pieces_are_shared(name: str, two_ranks: Pool) -> None:
     for found, expected, reports in two_ranks.run(compiled_decoder, name, "eager"):
         for one, other in zip(found, expected, strict=True):
@@ -110,6 +111,7 @@ def tiled(rank: int) -> tuple[Tensor, Tensor, Tensor]:
         return decoding(vae)(latents), expected, untiled
 
 
+@pytest.mark.full
 def test_tiles_of_several_sizes_are_shared_and_give_the_tiled_picture(two_ranks: Pool) -> None:
     for found, expected, untiled in two_ranks.run(tiled):
         assert_equal(found, expected)

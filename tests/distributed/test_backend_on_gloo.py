@@ -19,6 +19,7 @@ import torch.utils._pytree as pytree
 from capture import assert_equal
 from families import flux
 from pool import Pool
+from quick import quick
 from random_tensors import draw, randomise
 from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -148,7 +149,7 @@ def in_every_type(rank: int, compiler: str) -> list[Tensor]:
     return [each.to(torch.complex128) for each in found]
 
 
-@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("compiler", quick(["eager", "inductor"], "eager"))
 def test_outputs_of_every_type_are_gathered(compiler: str, two_ranks: Pool) -> None:
     with torch.no_grad():
         expected = [each.to(torch.complex128) for each in randomise(InEveryType())(tokens(length=21))]
@@ -331,6 +332,7 @@ def at_resolutions(
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_every_resolution_is_sharded_and_right(two_ranks: Pool) -> None:
     sizes = [(6, 8), (4, 8), (6, 8)]
     for found, expected, graphs, warned in two_ranks.run(at_resolutions, sizes, 8):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from denoising import STEPS, Cut, Prompts, build, compiled, generate, prompts
 from pool import Pool
+from quick import quick
 from random_tensors import draw, randomise
 from small_models import Denoiser, image_tokens
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def whole(rank: int, family: str, naming: str, options: dict[str, Any]) -> tuple
     return image, hits(model), differences(model), report.ranks
 
 
-@pytest.mark.parametrize("family, naming", [("flux", "diffusers"), ("wan", "unnamed")])
+@pytest.mark.parametrize("family, naming", quick([("flux", "diffusers"), ("wan", "unnamed")], ("flux", "diffusers")))
 def test_two_ranks_skip_what_one_skips(family: str, naming: str, two_ranks: Pool) -> None:
     expected, skipped, compared, ranks = whole(0, family, naming, SKIPPING)
     assert ranks == 1
@@ -199,6 +200,7 @@ def small_generation(rank: int, compiler: str) -> list[tuple[Tensor, Hits]]:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_inductor(ranks: int, two_ranks: Pool) -> None:
     expected = small_generation(0, "eager")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from capture import assert_equal, deviation
 from families import FAMILIES, Inputs
 from pool import Pool
+from quick import quick
 from random_tensors import randomise
 from torch import Tensor, nn
 
@@ -97,8 +99,11 @@ def in_low_precision(rank: int, family: str, dtype: torch.dtype) -> tuple[Tensor
     return exact, expected, output
 
 
-@pytest.mark.parametrize("family", ["flux", "wan"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "family, dtype",
+    quick(product(("flux", "wan"), (torch.bfloat16, torch.float16)), ("flux", torch.bfloat16), ("wan", torch.float16)),
+    ids=str,
+)
 def test_low_precision_loses_no_more_than_the_eager_model_does(
     family: str, dtype: torch.dtype, two_ranks: Pool
 ) -> None:
@@ -155,6 +160,7 @@ def with_lora_scales(rank: int, options: dict[str, Any]) -> list[tuple[list[Tens
     return results
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options", [{}, {"rdt": 1e-9}], ids=str)
 def test_a_lora_scale_that_changes_compiles_nothing_anew(options: dict[str, Any], two_ranks: Pool) -> None:
     for results in two_ranks.run(with_lora_scales, options):

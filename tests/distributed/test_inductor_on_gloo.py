@@ -54,7 +54,8 @@ def test_a_ring_with_a_kernel_of_choice_and_eight_bits(two_ranks: Pool) -> None:
         assert any("exchanges in eight bits" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("family", ["flux", pytest.param("wan", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["flux", "wan"])
 def test_inductor_gives_the_eager_model_s_output(family: str, two_ranks: Pool) -> None:
     for expected, output, reports in two_ranks.run(inductor, family):
         assert_equal(output, expected)

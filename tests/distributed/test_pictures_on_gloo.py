@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from diffusers import FluxPipeline
 from pool import Pool
@@ -47,6 +48,7 @@ def drawn(rank: int, rdt: float | None) -> list[np.ndarray[Any, Any]]:
     return pictures
 
 
+@pytest.mark.full
 def test_two_ranks_draw_what_one_draws(two_ranks: Pool) -> None:
     pipeline = load()
     expected = [picture(pipeline, prompt) for prompt in PROMPTS]
@@ -56,6 +58,7 @@ def test_two_ranks_draw_what_one_draws(two_ranks: Pool) -> None:
             assert np.abs(found - plain).max() <= 1
 
 
+@pytest.mark.full
 def test_two_ranks_with_the_cache_draw_alike(two_ranks: Pool) -> None:
     pipeline = load()
     expected = [picture(pipeline, prompt) for prompt in PROMPTS]

@@ -70,7 +70,7 @@ def assert_as_one(result: Result, family: str) -> None:
     assert any("broken at" in text and family.split("_")[0] in text for text in result.told)
 
 
-FEW = ("hunyuan_video_15", "hidream", "z_image")
+FEW = ("z_image",)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,8 @@ def test_four_ranks_as_one(family: str, four_ranks: Pool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "family", [pytest.param(family, marks=[pytest.mark.full] * (family != "lumina2")) for family in PIECES]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("family", PIECES)
 def test_under_inductor(family: str, two_ranks: Pool) -> None:
     for result in two_ranks.run(in_pieces, family, 1, {"compiler": "inductor"}):
         assert_as_one(result, family)
@@ -140,9 +139,8 @@ def hooked(rank: int, hook: str) -> tuple[list[list[Tensor]], list[Tensor], set[
         return [call(compiled, inputs) for _ in range(2)], expected, {report.ranks for report in reports}
 
 
-@pytest.mark.parametrize(
-    "hook", ["layerwise casting", *(pytest.param(name, marks=pytest.mark.full) for name in ("group offload", "cache"))]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("hook", ["layerwise casting", "group offload", "cache"])
 def test_hooks_of_diffusers(hook: str, two_ranks: Pool) -> None:
     for calls, expected, ranks in two_ranks.run(hooked, hook):
         assert ranks == {1, 2}

@@ -17,7 +17,7 @@ import paracompile
 
 KINDS = ("int8", "int8 weights", "float8 weights", "int8, by tensor", "float8, by tensor")
 """Those that take float32."""
-QUICK = ("int8", "float8 weights", "float8, by tensor")
+QUICK = ("float8, by tensor",)
 
 
 def quantised(kind: str) -> Any:
