@@ -17,6 +17,7 @@ from all_ranks import of_all_ranks
 from capture import assert_equal
 from lockstep import run_lockstep
 from open_sizes import COUNT, FAMILIES, built
+from quick import quick
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -182,7 +183,7 @@ def in_lockstep(mesh: dict[str, int]) -> Backend:
     return backend
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(FAMILIES, "wan"))
 def test_one_rank_with_a_cache(family: str) -> None:
     def skipping(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return paracompile(gm, example_inputs, options={"compiler": "eager", "rdt": 0.1})
@@ -190,17 +191,9 @@ def test_one_rank_with_a_cache(family: str) -> None:
     check_all_sizes(family, skipping, calls=2)
 
 
-MESHES = {"ulysses2": {"ulysses": 2}, "ring2_ulysses2": {"ring": 2, "ulysses": 2}, "ring2": {"ring": 2}}
+MESHES = {"two": {"ulysses": 2}, "four": {"ring": 2, "ulysses": 2}, "a ring": {"ring": 2}}
 
 
-@pytest.mark.parametrize("mesh", ["ulysses2"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_ranks(family: str, mesh: str) -> None:
-    check_all_sizes(family, in_lockstep(MESHES[mesh]))
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("mesh", ["ring2_ulysses2", "ring2"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_more_meshes(family: str, mesh: str) -> None:
+@pytest.mark.parametrize("family, mesh", quick(product(FAMILIES, MESHES), ("flux", "two"), ("qwen_image", "two")))
+def test_several_ranks(family: str, mesh: str) -> None:
     check_all_sizes(family, in_lockstep(MESHES[mesh]))
