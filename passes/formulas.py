@@ -12,7 +12,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from paracompile.layout.sizes import Size, evaluate, formula_of, is_symbol
 
-__all__ = ["Formulas", "symbols_of"]
+__all__ = ["Formulas", "fix_sizes", "symbols_of"]
 
 
 class Formulas:
@@ -46,3 +46,17 @@ class Formulas:
 def symbols_of(inputs: Iterable[fx.Node], key: str) -> dict[sympy.Symbol, fx.Node]:
     """The inputs that give symbols their values; what stands for an input has this key in its `meta`."""
     return {value.node.expr: node for node in inputs if is_symbol(value := node.meta.get(key))}
+
+
+def fix_sizes(gm: fx.GraphModule) -> bool:
+    """Fixes all open sizes of a graph by guards, in place: it serves one set of sizes. Whether any was open."""
+    symbols = symbols_of(gm.graph.find_nodes(op="placeholder"), "val")
+    for node in symbols.values():
+        int(node.meta["val"])
+    for node in gm.graph.nodes if symbols else ():
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _fixed)
+    return bool(symbols)
+
+
+def _fixed(argument: Any) -> Any:
+    return int(argument) if isinstance(argument, Size) else argument

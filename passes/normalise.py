@@ -10,8 +10,8 @@ torch itself does the work: `FunctionalTensorMode` removes views of mutated valu
 before dispatch keeps `linear`, `layer_norm` and attention as single nodes. Every node then has a schema, so that one
 table of rules covers functions, methods, keywords and operators alike.
 
-- Sizes become numbers: `int(symint)` specialises with a guard that Dynamo honours, so that another resolution
-  recompiles. Numbers that are only calculated with become tensors () instead (`numbers`).
+- Sizes are stated where they are used, as numbers or, where they may be others in the next call, as `Size`s. Numbers
+  that are only calculated with become tensors () (`numbers`).
 - A tensor subclass among the inputs (a weight quantised by torchao) is traced as a plain tensor of the same outer
   shape, and `aten.linear` stays one node; `subclasses` spells it so that the real one is asked when it runs.
 - What autocast casts inside of attention is cast before it.

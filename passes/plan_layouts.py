@@ -24,6 +24,7 @@ from paracompile.layout.places import Seed
 from paracompile.layout.plan import Plan, make_plan
 from paracompile.layout.sizes import sizes_of
 from paracompile.mesh import Axis, Ranks
+from paracompile.passes.formulas import fix_sizes
 from paracompile.passes.found import Found
 from paracompile.patterns.attention import find_attentions
 from paracompile.patterns.convolutions import DIMENSIONS, spatial_seeds, works_on_images
@@ -37,7 +38,7 @@ _WORTH_SHARING = 0.5
 
 
 def plan_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ranks, found: Found) -> fx.GraphModule:
-    """Finds a plan for each axis of more than one rank; changes nothing.
+    """Finds a plan for each axis of more than one rank; changes nothing, but that open sizes of images are fixed.
 
     raises:
         GraphError: no attention and no images, random numbers inside the model, or neither its largest attention nor
@@ -45,6 +46,8 @@ def plan_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ra
     """
     all_operations = operations(gm.graph, rule_for)
     on_images = works_on_images(all_operations)
+    if on_images and fix_sizes(gm):  # the windows that convolutions take of each rank's rows are told as numbers
+        all_operations = operations(gm.graph, rule_for)
     if on_images and _plan_of_images(gm, all_operations, ranks.all, found):
         return gm
     if not find_attentions(all_operations):

@@ -18,7 +18,8 @@ from capture import assert_equal
 from lockstep import run_lockstep
 from open_sizes import COUNT, FAMILIES, built
 from quick import quick
-from torch import fx
+from random_tensors import draw
+from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from paracompile.backend import paracompile
@@ -197,3 +198,19 @@ MESHES = {"two": {"ulysses": 2}, "four": {"ring": 2, "ulysses": 2}, "a ring": {"
 @pytest.mark.parametrize("family, mesh", quick(product(FAMILIES, MESHES), ("flux", "two"), ("qwen_image", "two")))
 def test_several_ranks(family: str, mesh: str) -> None:
     check_all_sizes(family, in_lockstep(MESHES[mesh]))
+
+
+def test_ranks_that_share_an_image_compile_for_each_size() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1))
+    compiled: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled.append(gm)
+        return in_lockstep({"ulysses": 2})(gm, example_inputs)
+
+    again = torch.compile(model, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for size in ((8, 10), (12, 14), (9, 15), (12, 14)):
+            image = draw(1, 3, *size)
+            assert_equal(again(image), model(image))
+    assert len(compiled) == 3

@@ -20,6 +20,7 @@ from paracompile.layout.sizes import divides
 from paracompile.torch_private import OpOverload
 
 Shape = tuple[int, ...]
+"""Sizes may be open (`layout.sizes`)."""
 
 
 @dataclass(frozen=True)
