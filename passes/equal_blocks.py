@@ -63,6 +63,10 @@ class Folded:
     bodies: Mapping[str, fx.GraphModule]
     members: Sequence[tuple[fx.Node, ...]]
 
+    def examples(self, name: str) -> list[Any]:
+        """What a body is traced with."""
+        return [node.meta["example_value"] for node in self.bodies[name].graph.find_nodes(op="placeholder")]
+
 
 def fold_equal_blocks(gm: fx.GraphModule) -> Folded | None:
     """Puts stand-ins in the place of blocks that have an equal; None if there are none. `gm` is not touched."""

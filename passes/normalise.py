@@ -106,7 +106,7 @@ def _trace_folded(
     if folded is None:
         return None
     traced, written = _trace(folded.gm, [*example_inputs, *folded.like], fake_mode)
-    bodies = {name: _trace(body, _examples(body), fake_mode)[0] for name, body in folded.bodies.items()}
+    bodies = {name: _trace(body, folded.examples(name), fake_mode)[0] for name, body in folded.bodies.items()}
     if written or any(_shares_memory(body) for body in bodies.values()):
         return None
     unfold(traced, folded, bodies)
@@ -127,11 +127,11 @@ def _trace(gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: FakeTen
     """The functional graph, and whether anything was written to what leaves a stand-in.
 
     args:
-        example_inputs: which of them share memory is asked where one is written to; for shapes see `_examples`.
+        example_inputs: which of them share memory is asked where one is written to.
     """
     written: list[bool] = []
     with fake_mode, _plain_inference():
-        stand_ins = [_stand_in(value) for value in _examples(gm)]
+        stand_ins = [_stand_in(value) for value in _examples(gm, example_inputs)]
         traced = make_fx(
             lambda *args: _run_functionally(gm, args, example_inputs, written.append),
             tracing_mode="real",  # the inputs are fake
@@ -142,9 +142,10 @@ def _trace(gm: fx.GraphModule, example_inputs: Sequence[Any], fake_mode: FakeTen
     return traced, any(written)
 
 
-def _examples(gm: fx.GraphModule) -> list[Any]:
-    """Dynamo's fake tensors for the inputs of its graph, whose sizes may be open."""
-    return [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+def _examples(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
+    """What stands for the inputs: Dynamo's fake tensors, whose sizes may be open, where it gave any."""
+    inputs = gm.graph.find_nodes(op="placeholder")
+    return [node.meta.get("example_value", value) for node, value in zip(inputs, example_inputs, strict=True)]
 
 
 def _state_sizes(traced: fx.GraphModule) -> None:

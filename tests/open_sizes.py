@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from families import ALL_FAMILIES, Inputs
-from torch import nn
+from torch import fx, nn
+
+from paracompile.passes.regions import cut_into_regions
 
 _ROWS = (6, 7, 9, 8, 5, 12, 10, 7, 11, 8, 6, 13)
 _COLUMNS = (8, 11, 7, 10, 13, 6, 10, 9, 5, 8, 14, 9)
@@ -53,3 +56,8 @@ def built(family: str, number: int, **more: Any) -> tuple[nn.Module, Inputs]:
 
 
 COUNT = len(_ROWS)
+
+
+def runnable(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """The graph in regions, which calculate what sizes are open; the graph itself stays as it is."""
+    return cut_into_regions(copy.deepcopy(graph), example_inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from all_ranks import of_all_ranks
 from lockstep import run_lockstep
+from open_sizes import runnable
 from quick import quick
 from random_tensors import draw, randomise
 from small_models import BATCH, Block, Denoiser, Mesh, Transformer, close, image_tokens, mesh_name, mesh_sizes
@@ -23,7 +23,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from paracompile import cache_context, cache_stats
 from paracompile.passes.normalise import normalise
-from paracompile.passes.regions import cut_into_regions
 from paracompile.patterns.numbers import find_numbers
 from paracompile.report.report import Report
 
@@ -45,7 +44,7 @@ def graphs_of(function: Of, x: Tensor) -> list[fx.GraphModule]:
         ints = find_numbers(gm.graph).ints
         graph = normalise(gm, example_inputs)
         graphs.append(graph)
-        graph = cut_into_regions(copy.deepcopy(graph), example_inputs)  # which calculate open sizes
+        graph = runnable(graph, example_inputs)
         return lambda *args: graph(*(torch.tensor(a) if place in ints else a for place, a in enumerate(args)))
 
     compiled = torch.compile(function, backend=backend)
