@@ -90,19 +90,19 @@ def as_called_by_all(
         ranks: those that share the graph's work.
         agreement: that of the ranks that compiled it.
     """
-    sizes = (
-        f"{node.name} of {'x'.join(map(str, value.shape)) or 'one number'}"
-        for node in captured.changing.values()
-        if isinstance(value := node.meta.get("example_value"), torch.Tensor)
-    )
+    tensors = {
+        node.name: place
+        for place, node in captured.changing.items()
+        if isinstance(node.meta.get("example_value"), torch.Tensor)
+    }
     return SharedCall(
         run,
         name=f"graph {agreement.next_graph()} of {captured.model}",
-        sizes=", ".join(sizes),
+        inputs=tensors,
         groups=(ranks.group, ranks.sequence_group, *(axis.group for axis in (ranks.batch, ranks.ring, ranks.ulysses))),
         compiling=agreement,
         calling=Agreement(agreement.ranks, options.call_timeout, option="call_timeout"),
-        symbols={str(symbol): place for symbol, place in captured.symbols.items()},
+        symbols=tuple(captured.symbols.values()),
     )
 
 

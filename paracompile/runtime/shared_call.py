@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -29,19 +29,19 @@ class SharedCall:
     attributes:
         run: takes the graph's arguments.
         name: of the graph, the same on all ranks.
-        sizes: what is known about this rank's graph besides, for messages.
-        symbols: by name, the places of sizes that differ from call to call: all ranks must come with the same.
+        inputs: by name, the places of the tensors that a call brings, whose shapes messages tell.
+        symbols: the places of sizes that differ from call to call: all ranks must come with the same.
         groups: the names of the process groups that the graph has collectives in.
         compiling, calling: wait for the other ranks, as long as compiling and as long as a call may take.
     """
 
     run: Callable[..., Any]
     name: str
-    sizes: str
+    inputs: Mapping[str, int]
     groups: Iterable[str]
     compiling: Agreement
     calling: Agreement
-    symbols: Mapping[str, int] = field(default_factory=dict)
+    symbols: Sequence[int] = ()
     _made_for: Mapping[str, weakref.ref[Any]] = field(init=False)
     _calls: int = 0
 
@@ -63,29 +63,30 @@ class SharedCall:
     def _first(self, args: tuple[Any, ...]) -> Any:
         """Kernels may still be built and tuned here, on one rank for longer than on another."""
         call = self._call(args)
-        self._meet(self.compiling, call)
+        self._meet(self.compiling, call, args)
         with self.compiling.stage(f"end of {call}"):
             result = self.run(*args)
         self._calls += 1
         return result
 
     def _next(self, args: tuple[Any, ...]) -> Any:
-        self._meet(self.calling, self._call(args))
+        self._meet(self.calling, self._call(args), args)
         self._calls += 1
         return self.run(*args)
 
-    def _meet(self, agreement: Agreement, call: str) -> None:
+    def _meet(self, agreement: Agreement, call: str, args: tuple[Any, ...]) -> None:
         for name, group in self._made_for.items():
             if group() is None or group() is not _group(name):
                 raise ParacompileError(
                     f"{call}: the process group {name!r} that it was compiled for was destroyed. Call "
                     "torch.compiler.reset(), and compile the model for the group that there is now, with a mesh of it"
                 )
-        agreement.meet(call, own=self.sizes)
+        shapes = {name: "x".join(map(str, args[place].shape)) for name, place in self.inputs.items()}
+        agreement.meet(call, own=", ".join(f"{name} of {shape or 'one number'}" for name, shape in shapes.items()))
 
     def _call(self, args: tuple[Any, ...]) -> str:
-        sizes = ", ".join(f"{name} = {args[place]}" for name, place in self.symbols.items())
-        return f"call {self._calls + 1} of {self.name}" + (f" with {sizes}" if sizes else "")
+        sizes = f" at sizes {', '.join(str(args[place]) for place in self.symbols)}" if self.symbols else ""
+        return f"call {self._calls + 1} of {self.name}{sizes}"
 
 
 def _group(name: str) -> Any:

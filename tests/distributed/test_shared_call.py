@@ -56,8 +56,8 @@ def test_other_sizes_that_are_compiled_already(four_ranks: Pool, inputs: str) ->
     for _, _, _, different, *after in results:
         assert_refused(
             [different],
-            r"rank 0 is at stage 'call 3 of graph \d+ of Small' \(l_x_ of 3x28x24\)",
-            r"rank [123] is at stage 'call 2 of graph \d+ of Small' \(l_x_ of 3x20x24\)",
+            r"rank 0 is at stage 'call 3 of graph \d+ of Small at sizes 28' \(l_x_ of 3x28x24\)",
+            r"rank [123] is at stage 'call 3 of graph \d+ of Small at sizes 20' \(l_x_ of 3x20x24\)",
             "call the model with the same on every rank",
         )
         assert_fine(after)
