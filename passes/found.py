@@ -8,6 +8,7 @@ import torch
 
 from paracompile.layout.costs import Cost
 from paracompile.layout.plan import Plan
+from paracompile.layout.sizes import bytes_in
 
 __all__ = ["CacheLayout", "Found", "Skipped"]
 
@@ -62,7 +63,8 @@ class CacheLayout:
 
     @property
     def state_bytes(self) -> int:
-        return sum(value.numel() * value.element_size() for value in self.state)
+        """At the sizes of the first call."""
+        return sum(map(bytes_in, self.state))
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from typing import Any
@@ -18,7 +19,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import paracompile
 from paracompile import OptionError, cache_stats, reset_cache, set_rdt
 from paracompile.report.report import Report
-from paracompile.runtime.cached_call import caches_of
+from paracompile.runtime.cached_call import CachedCall, caches_of
 from paracompile.thresholds import default_rdt
 
 KNOWN = {
@@ -31,8 +32,10 @@ KNOWN = {
 
 def threshold_of(model: nn.Module) -> float:
     """What the options said, by the graph that was called."""
-    ((call,),) = (tuple(held.slots) for cache in caches_of(model.parameters()) for held in cache.held.values())
-    return call.threshold
+    ((like,),) = (tuple(held.slots) for cache in caches_of(model.parameters()) for held in cache.held.values())
+    calls = (each for each in gc.get_objects() if type(each) is CachedCall)
+    (threshold,) = (call.threshold for call in calls if call.like is like)
+    return threshold
 
 
 # "auto"

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 
 from paracompile.layout.factors import Factor, Op, Operand, Rule, Shape
-from paracompile.layout.sizes import hint, size_of
+from paracompile.layout.sizes import bytes_in, sizes_of
 from paracompile.torch_private import STATIC_INPUT, OpOverload, schema_of
 
 
@@ -62,12 +61,12 @@ def tensor_of(value: Value) -> torch.Tensor:
 
 
 def shape_of(value: Value) -> Shape:
-    return tuple(map(size_of, tensor_of(value).shape))
+    return sizes_of(tensor_of(value))
 
 
 def bytes_of(value: Value) -> int:
     """At the sizes of the first call: what costs are weighed by."""
-    return prod(map(hint, shape_of(value))) * tensor_of(value).element_size()
+    return bytes_in(tensor_of(value))
 
 
 def value_of(node: fx.Node) -> Value:

@@ -13,7 +13,7 @@ import operator
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cache
-from math import gcd
+from math import gcd, prod
 from typing import Any, TypeGuard
 
 import sympy
@@ -33,6 +33,7 @@ from paracompile.torch_private import (
 __all__ = [
     "Size",
     "at_least",
+    "bytes_in",
     "common_divisor",
     "common_multiple",
     "divides",
@@ -362,3 +363,8 @@ def evaluate(size: Any, symbols: Mapping[sympy.Symbol, Any]) -> Any:
 def hint(value: int) -> int:
     """The number at the first call, which costs are weighed by; it guards nothing."""
     return int.__int__(value) if isinstance(value, Size) else value
+
+
+def bytes_in(tensor: torch.Tensor) -> int:
+    """What a fake tensor holds at the first call."""
+    return prod(map(hint, sizes_of(tensor))) * tensor.element_size()

@@ -15,6 +15,7 @@ from paracompile.errors import module_path, source_line
 from paracompile.layout.graph import Operation, bytes_of, operations, value_of
 from paracompile.layout.places import Attention
 from paracompile.layout.plan import Plan, Sharding
+from paracompile.layout.sizes import bytes_in, hint
 from paracompile.mesh import Ranks
 from paracompile.passes.first_block_cache import COMPUTE
 from paracompile.passes.found import Found
@@ -252,13 +253,12 @@ def _collective(node: fx.Node) -> str | None:
 
 def _bytes_sent(kind: str, node: fx.Node, ranks: Ranks) -> int:
     buffer: Any = node.args[0]
-    tensor = buffer.meta["val"]
-    size: int = tensor.numel() * tensor.element_size()
+    size = bytes_in(buffer.meta["val"])
     if kind == "all_gather_into_tensor":
         return size * (cast(int, node.args[1]) - 1)  # to each of the others
     if kind == "all_reduce":
         return 2 * size * (ranks.size - 1) // ranks.size  # as a ring sends it
-    sizes, group = cast(list[int], node.args[2]), node.args[3]
+    sizes, group = [hint(size) for size in cast(list[int], node.args[2])], node.args[3]
     if group not in (ranks.ring.group, ranks.ulysses.group):  # edges, of which a rank sends itself none
         return size
     own = sizes[ranks.ring.rank if group == ranks.ring.group else ranks.ulysses.rank]  # not sent
