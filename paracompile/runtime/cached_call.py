@@ -98,12 +98,12 @@ class SlotsOfGraph:
     """The slots of one graph in one generation, at one set of sizes.
 
     attributes:
-        like: the state of each.
+        like: what each is given, the record first: (shape, dtype, device). Held by a weak key, it must not hold that.
         all: they, in the order in which they were made.
         calls: by name, the step of the last call, and how many calls of that step there were.
     """
 
-    like: StateLike
+    like: tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
     all: list[Slot] = field(default_factory=list)
     calls: dict[str | None, tuple[int, int]] = field(default_factory=dict)
 
@@ -284,7 +284,7 @@ class CachedCall:
         model = self._model(args)
         held = model.begin_call()
         like = self.like.at(args)
-        slots = held.slots.setdefault(like, SlotsOfGraph(like))
+        slots = held.slots.setdefault(like, SlotsOfGraph((like.record, *like.state)))
         generation, name = current_generation(), current_name()
         slot = self._slot(slots, generation, name, args)
         known = generation.is_loop and slot.step is not None and slot.step < generation.steps
@@ -352,10 +352,7 @@ class CachedCall:
         self, slots: SlotsOfGraph, name: str | None, place: int, call: Call | None = None, title: str | None = None
     ) -> Slot:
         with torch.inference_mode(False), torch.no_grad():
-            record, *state = (
-                torch.zeros(shape, dtype=dtype, device=device)
-                for shape, dtype, device in (slots.like.record, *slots.like.state)
-            )
+            record, *state = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in slots.like)
         if title is None:
             title = f"call {place + 1}" if name is None else name if place == 0 else f"{name} {place + 1}"
         slots.all.append(Slot(title, name, place, record, state, call))
