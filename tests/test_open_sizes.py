@@ -18,7 +18,8 @@ from capture import assert_equal
 from lockstep import run_lockstep
 from open_sizes import COUNT, FAMILIES, built
 from quick import quick
-from random_tensors import draw
+from random_tensors import draw, randomise
+from small_models import BATCH, Transformer
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -35,6 +36,7 @@ from paracompile.layout.sizes import (
     same,
     size_of,
 )
+from paracompile.report.report import Report
 from paracompile.torch_private import ConstantSource, PythonPrinter
 
 
@@ -214,3 +216,18 @@ def test_ranks_that_share_an_image_compile_for_each_size() -> None:
             image = draw(1, 3, *size)
             assert_equal(again(image), model(image))
     assert len(compiled) == 3
+
+
+def test_the_default_compiler() -> None:
+    """Lengths above 64, up to which Inductor asks itself whether a loop is short."""
+    reports: list[Report] = []
+    model = randomise(Transformer(3))
+    compiled = torch.compile(model, backend="paracompile", options={"rdt": 0.1, "report": reports.append})
+    for length in (70, 91, 128, 77, 250):
+        tokens = draw(BATCH, length, 10)
+        with torch.no_grad():
+            for _ in range(2):
+                assert_equal(compiled(tokens), model(tokens))
+    assert len(reports) == 2
+    assert reports[1].compilation is not None
+    assert reports[1].compilation.different < reports[1].compilation.regions
