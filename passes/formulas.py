@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import GraphAppendingTracer
 
-from paracompile.layout.sizes import Size, evaluate, formula_of, is_symbol
+from paracompile.layout.sizes import Size, evaluate, formula_of, is_symbol, numbers_in
 
 __all__ = ["Formulas", "fix_sizes", "symbols_of"]
 
@@ -54,9 +54,5 @@ def fix_sizes(gm: fx.GraphModule) -> bool:
     for node in symbols.values():
         int(node.meta["val"])
     for node in gm.graph.nodes if symbols else ():
-        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _fixed)
+        node.args, node.kwargs = numbers_in((node.args, node.kwargs))
     return bool(symbols)
-
-
-def _fixed(argument: Any) -> Any:
-    return int(argument) if isinstance(argument, Size) else argument

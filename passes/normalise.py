@@ -31,11 +31,10 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx, py_sym_types
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
-from torch.fx.node import map_aggregate
 from torch.fx.traceback import preserve_node_meta
 
 from paracompile.errors import GraphError
-from paracompile.layout.sizes import Size, size_of
+from paracompile.layout.sizes import numbers_in, size_of
 from paracompile.passes.equal_blocks import STAND_IN, fold_equal_blocks, unfold
 from paracompile.passes.numbers import write_numbers
 from paracompile.passes.strides import spell_strides
@@ -164,7 +163,7 @@ def _state_sizes(traced: fx.GraphModule) -> None:
         if any(isinstance(source.meta.get("val"), py_sym_types) for source in node.all_input_nodes):
             node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), stated)
     (output,) = traced.graph.find_nodes(op="output")
-    output.args = map_aggregate(output.args, lambda value: int(value) if isinstance(value, Size) else value)
+    output.args = numbers_in(output.args)
 
 
 def _respell(node: fx.Node) -> None:

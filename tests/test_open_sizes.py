@@ -19,11 +19,12 @@ from lockstep import run_lockstep
 from open_sizes import COUNT, FAMILIES, built
 from quick import quick
 from random_tensors import draw, randomise
-from small_models import BATCH, Transformer
-from torch import fx, nn
+from small_models import BATCH, WIDTH, SelfAttention, Transformer
+from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from paracompile.backend import paracompile
+from paracompile.layout.factors import Factor, Op, Rule
 from paracompile.layout.shares import Shares
 from paracompile.layout.sizes import (
     Size,
@@ -36,6 +37,9 @@ from paracompile.layout.sizes import (
     same,
     size_of,
 )
+from paracompile.patterns import rules
+from paracompile.patterns.rules import register_rule
+from paracompile.patterns.rules.labels import equation
 from paracompile.report.report import Report
 from paracompile.torch_private import ConstantSource, PythonPrinter
 
@@ -231,3 +235,37 @@ def test_the_default_compiler() -> None:
     assert len(reports) == 2
     assert reports[1].compilation is not None
     assert reports[1].compilation.different < reports[1].compilation.regions
+
+
+@torch.library.custom_op("paracompile_tests::turned", mutates_args=())
+def turned(x: Tensor) -> Tensor:
+    return x.flip(-1)
+
+
+@turned.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _told_numbers(op: Op) -> Sequence[Factor]:
+    assert {type(size) for size in op.operands[0]} == {int}
+    return equation("bt_ -> bt_")(op)
+
+
+@pytest.mark.parametrize("rule, compiles", [("bt_ -> bt_", 2), (Rule(_told_numbers), 4)], ids=["letters", "Rule"])
+def test_operators_of_one_s_own(rule: str | Rule, compiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "_REGISTERED", {})
+    register_rule(turned._opoverload, rule)
+    compiled: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled.append(gm)
+        return in_lockstep({"ulysses": 2})(gm, example_inputs)
+
+    attention = randomise(SelfAttention())
+    again = torch.compile(lambda x: attention(turned(x)), backend=backend)
+    with torch.no_grad():
+        for length in (12, 15, 18, 21):
+            tokens = draw(BATCH, length, WIDTH)
+            assert_equal(again(tokens), attention(turned(tokens)))
+    assert len(compiled) == compiles

@@ -330,6 +330,11 @@ def sizes_in(tree: Any) -> Any:
     return tree_map_only(torch.SymInt, size_of, tree)
 
 
+def numbers_in(tree: Any) -> Any:
+    """A tree of arguments with all sizes in it fixed."""
+    return tree_map_only(Size, int, tree)
+
+
 def formula(value: Any) -> Any:
     """Torch's symbolic integer of a `Size`; all else as it is."""
     return value.formula if isinstance(value, Size) else value

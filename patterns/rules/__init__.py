@@ -6,8 +6,11 @@ operator without a rule is not an error: its operands are gathered, and it runs 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from paracompile.errors import OptionError
-from paracompile.layout.factors import Rule
+from paracompile.layout.factors import Op, Rule
+from paracompile.layout.sizes import numbers_in
 from paracompile.patterns.rules import attention, contractions, indexing, joins, pointwise, reductions, views, windows
 from paracompile.patterns.rules.labels import Table, Target, equation
 from paracompile.torch_private import OpOverload, schema_of
@@ -36,7 +39,8 @@ def register_rule(operator: Target, rule: str | Rule) -> None:
         operator: an overload (`torch.ops.mylib.gate.default`) that writes to none of its operands.
         rule: in einsum's notation, `"btc, bc -> btc"`: a letter is an index range at whose positions the operator works
             independently, `_` a dimension that it mixes or sums up, `...` dimensions that broadcast. A `Rule`
-            (`paracompile.layout.factors`) for an operator with arguments that hold sizes.
+            (`paracompile.layout.factors`) for an operator with arguments that hold sizes; it is told numbers, so that
+            sizes of this operator do not stay open: a model with it compiles for each.
 
     raises:
         OptionError: no such overload, one that has a rule already, or a rule that cannot be read.
@@ -49,4 +53,19 @@ def register_rule(operator: Target, rule: str | Rule) -> None:
         raise OptionError("operator", operator, "it writes to an operand: register one that gives a new tensor")
     if isinstance(rule, str) and (rule.count("->") != 1 or not all(c.isalpha() or c in " ,._->" for c in rule)):
         raise OptionError("rule", rule, 'write it as einsum does, one term an operand: "btc, bc -> btc"')
-    _REGISTERED[operator] = Rule(equation(rule)) if isinstance(rule, str) else rule
+    _REGISTERED[operator] = Rule(equation(rule)) if isinstance(rule, str) else _of_numbers(rule)
+
+
+def _of_numbers(rule: Rule) -> Rule:
+    """The rule with its operator's sizes fixed: whoever wrote it need not know which calculations keep a formula."""
+
+    def fixed(op: Op) -> Op:
+        arguments, operands, results = (numbers_in(sizes) for sizes in (op.arguments, op.operands, op.results))
+        return replace(op, arguments=arguments, operands=operands, results=results)
+
+    localise = rule.localise
+    return replace(
+        rule,
+        factors=lambda op: rule.factors(fixed(op)),
+        localise=localise and (lambda op, local: localise(fixed(op), replace(local, **numbers_in(vars(local))))),
+    )
