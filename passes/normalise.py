@@ -148,7 +148,7 @@ def _examples(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
 
 
 def _state_sizes(traced: fx.GraphModule) -> None:
-    """Writes sizes where they are used, by their formulas; the nodes that calculate them are left without readers.
+    """Writes sizes where they are used, by their formulas, and drops the nodes that calculate them.
 
     One that the graph hands back is fixed.
     """
@@ -164,6 +164,9 @@ def _state_sizes(traced: fx.GraphModule) -> None:
             node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), stated)
     (output,) = traced.graph.find_nodes(op="output")
     output.args = numbers_in(output.args)
+    for node in reversed(traced.graph.nodes):
+        if node.op == "call_function" and isinstance(node.meta.get("val"), py_sym_types) and not node.users:
+            traced.graph.erase_node(node)
 
 
 def _respell(node: fx.Node) -> None:
