@@ -503,7 +503,17 @@ def test_nested_arguments_have_leaves() -> None:
     assert torch_private.tree_map_only(int, lambda x: -x, (1, [2.0, {"a": 3}])) == (-1, [2.0, {"a": -3}])
 
 
-@of("FloorDiv", "Mod", "sympy_interp", "PythonReferenceAnalysis", "PythonPrinter", "own_expression")
+@of(
+    "FloorDiv",
+    "Max",
+    "Min",
+    "Mod",
+    "PythonMod",
+    "sympy_interp",
+    "PythonReferenceAnalysis",
+    "PythonPrinter",
+    "own_expression",
+)
 def test_expressions_of_sizes() -> None:
     env = ShapeEnv()
     one, other = (
@@ -513,6 +523,9 @@ def test_expressions_of_sizes() -> None:
     a, b = (env.create_symintnode(symbol, hint=value) for symbol, value in ((one, 7), (other, 8)))
     assert (a // b).node.expr == torch_private.FloorDiv(one, other)
     assert (a % b).node.expr == torch_private.Mod(one, other)
+    assert isinstance((-a % b).node.expr, (torch_private.Mod, torch_private.PythonMod))  # by the signs
+    assert torch.sym_max(a, b).node.expr == torch_private.Max(one, other)
+    assert torch.sym_min(a, b).node.expr == torch_private.Min(one, other)
     expression = torch_private.FloorDiv(one + 1, other) + torch_private.Mod(one, 4)
     known = {one: 15, other: 8}
     assert torch_private.sympy_interp(torch_private.PythonReferenceAnalysis, known, expression) == 2 + 3

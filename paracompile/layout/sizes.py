@@ -22,7 +22,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols, free_u
 
 from paracompile.torch_private import (
     FloorDiv,
+    Max,
+    Min,
     Mod,
+    PythonMod,
     PythonReferenceAnalysis,
     own_expression,
     sympy_interp,
@@ -179,7 +182,8 @@ class Size(int):
 
     def __new__(cls, formula: torch.SymInt) -> Size:
         """`formula` follows from sizes that are known at the first call."""
-        return cls.of(formula.node.expr, formula.node.hint, formula.node.shape_env)
+        expression, env = formula.node.expr, formula.node.shape_env
+        return cls.of(expression, int(_at_first_call(env, expression)), env)
 
     @classmethod
     def of(cls, expression: sympy.Expr, number: int, env: ShapeEnv) -> Size:
@@ -306,13 +310,23 @@ def common_multiple(one: int, other: int) -> int:
 def size_of(value: Any) -> Any:
     """A plain number for a symbolic integer that is one, a `Size` for one that may change; all else as it is.
 
-    What only the data tells has no number, and stays torch's symbol.
+    What only the data tells has no number, and stays torch's symbol. What takes more than sums, products, quotients and
+    remainders (a root, a choice) is fixed.
     """
     if not isinstance(value, torch.SymInt):
         return value
     if value.node.is_constant() or not value.node.expr.free_symbols:
         return int(value)
-    return value if free_unbacked_symbols(value) else Size(value)
+    if free_unbacked_symbols(value):
+        return value
+    return Size(value) if _is_calculable(value.node.expr) else int(value)
+
+
+@cache
+def _is_calculable(expression: sympy.Expr) -> bool:
+    plain = expression.is_Symbol or expression.is_Integer or expression.is_Add or expression.is_Mul
+    known = plain or expression.is_Pow or isinstance(expression, (FloorDiv, Mod, PythonMod, Max, Min))
+    return known and all(map(_is_calculable, expression.args))
 
 
 def sizes_of(tensor: torch.Tensor) -> tuple[int, ...]:

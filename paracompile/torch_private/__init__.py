@@ -83,7 +83,13 @@ from torch.utils._pytree import (
     tree_map_only,
     tree_unflatten,
 )
-from torch.utils._sympy.functions import FloorDiv, Mod  # how torch writes a // b and a % b of sizes
+from torch.utils._sympy.functions import (  # how torch writes a // b, max(a, b) and so on of sizes
+    FloorDiv,
+    Max,
+    Min,
+    Mod,
+    PythonMod,
+)
 from torch.utils._sympy.interp import sympy_interp  # calculates an expression, by an analysis
 from torch.utils._sympy.printers import PythonPrinter  # writes an expression as Python
 from torch.utils._sympy.reference import PythonReferenceAnalysis  # calculates as Python does
