@@ -28,6 +28,7 @@ from paracompile.layout.factors import Operand, Shape
 from paracompile.layout.graph import Operation, Value, is_tensor, operations, shape_of, spelled, tensor_of, value_of
 from paracompile.layout.halos import Halo
 from paracompile.layout.plan import Sharding
+from paracompile.layout.sizes import same_shape, sizes_of
 from paracompile.mesh import Axis, Ranks
 from paracompile.passes.found import Found
 from paracompile.passes.localise import localised
@@ -212,7 +213,7 @@ class _Lowering:
     def _verify(self, value: Value) -> None:
         found, dtype = self.values[value].meta["val"], tensor_of(value).dtype
         expected = self._local_shape(value)
-        if tuple(found.shape) != expected or found.dtype != dtype:
+        if not same_shape(sizes_of(found), expected) or found.dtype != dtype:
             raise GraphError(
                 value.node,
                 f"on rank {self.axes['all'].rank} it has the shape {tuple(found.shape)} ({found.dtype}) where the "

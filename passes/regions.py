@@ -35,7 +35,7 @@ from torch import Tensor, fx, nn
 
 from paracompile.errors import GraphError, module_paths
 from paracompile.layout.graph import is_static
-from paracompile.layout.sizes import formula_of, free_symbols_of
+from paracompile.layout.sizes import formula, formula_of, free_symbols_of, size_of
 from paracompile.passes.first_block_cache import COND
 from paracompile.passes.formulas import Formulas, symbols_of
 from paracompile.patterns.regions import Body, cut_along_blocks, is_view, look_of
@@ -247,7 +247,8 @@ class _Cutter:
         symbols = tuple(free_symbols_of((arguments, [self._example(node) for node in body.inputs])))
         given = {symbol: graph.placeholder(f"size_{number}") for number, symbol in enumerate(symbols)}
         for symbol, node in given.items():
-            node.meta["val"] = self.symbols[symbol].meta["val"]
+            # Made anew: Inductor takes an input for the symbol that it was made of, be that known to be another by now.
+            node.meta["val"] = formula(size_of(self.symbols[symbol].meta["val"]))
             set_source(node, None)
         sizes = Formulas(graph, given)
         root = nn.Module()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import gcd, prod
 from typing import Any, TypeGuard
@@ -27,7 +27,6 @@ from paracompile.torch_private import (
     Mod,
     PythonMod,
     PythonReferenceAnalysis,
-    own_expression,
     sympy_interp,
     tree_leaves,
     tree_map_only,
@@ -280,6 +279,11 @@ def same(one: int, other: int) -> bool:
     return hint(one) == hint(other) and bool(formula(one) == formula(other))
 
 
+def same_shape(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two shapes are the same at the first call; if so, their sizes are guarded to be."""
+    return len(one) == len(other) and all(map(same, one, other))
+
+
 def at_least(size: int, least: int) -> int:
     """The size, guarded to be so large; one that is smaller is fixed."""
     if not isinstance(size, Size):
@@ -367,11 +371,8 @@ def free_symbols_of(tree: Any) -> dict[sympy.Symbol, None]:
 
 
 def is_symbol(value: Any) -> TypeGuard[torch.SymInt]:
-    """Whether it is a symbol itself, whose value a call brings, and not known to be another one."""
-    if not isinstance(value, torch.SymInt):
-        return False
-    expression = own_expression(value)
-    return isinstance(expression, sympy.Symbol) and expression == value.node.expr
+    """Whether it is a symbol, or known to be one: a call that brings its value brings the symbol's."""
+    return isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol)
 
 
 def evaluate(size: Any, symbols: Mapping[sympy.Symbol, Any]) -> Any:
