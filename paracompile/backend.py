@@ -163,7 +163,37 @@ def _rewritten(
     facts: dict[str, str],
     dump: Dump,
 ) -> tuple[fx.GraphModule, Report | None]:
-    """The graph of this rank, after all passes, and the report of it if one is wanted."""
+    """The graph of this rank, after all passes, and the report of it if one is wanted.
+
+    Where a pass cannot do with open sizes they are fixed, with a warning.
+    """
+    how = (captured, options, ranks, lengths, found, facts, dump)
+    try:
+        return _passed(*how)
+    except Exception as error:
+        if not captured.has_open_sizes:
+            raise
+        failure = error
+    captured.fix_sizes()
+    found.clear()
+    made = _passed(*how)
+    warnings.warn(
+        f"paracompile: a graph of {captured.model} compiles for each size, as its passes failed where sizes stay open: "
+        f"{type(failure).__name__}: {failure}",
+        stacklevel=2,
+    )
+    return made
+
+
+def _passed(
+    captured: Captured,
+    options: Options,
+    ranks: Ranks,
+    lengths: Sequence[Lengths] | None,
+    found: Found,
+    facts: dict[str, str],
+    dump: Dump,
+) -> tuple[fx.GraphModule, Report | None]:
     reports: list[Report] = []
 
     def after(name: str, graph: fx.GraphModule) -> None:

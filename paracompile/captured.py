@@ -84,6 +84,11 @@ class Captured:
         values = (node.meta.get("example_value") for node in self.placeholders if node not in kept)
         return any(free_symbols(value) for value in values if isinstance(value, (torch.Tensor, torch.SymInt)))
 
+    def fix_sizes(self) -> None:
+        """Fixes all open sizes by guards: the graph serves one set of sizes."""
+        for place in self.symbols.values():
+            int(self.placeholders[place].meta["example_value"])
+
     @property
     def weights(self) -> list[Any]:
         """The values of the static inputs."""

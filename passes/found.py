@@ -101,3 +101,7 @@ class Found:
     seen_again: frozenset[int] = frozenset()
     ints: frozenset[int] = frozenset()
     cache: CacheLayout | None = None
+
+    def clear(self) -> None:
+        """Forgets what passes found, so that they may run again."""
+        vars(self).update(vars(Found(self.why_a_piece)))

@@ -34,7 +34,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 from torch.fx.traceback import preserve_node_meta
 
 from paracompile.errors import GraphError
-from paracompile.layout.sizes import numbers_in, size_of
+from paracompile.layout.sizes import formula, numbers_in, size_of
 from paracompile.passes.equal_blocks import STAND_IN, fold_equal_blocks, unfold
 from paracompile.passes.numbers import write_numbers
 from paracompile.passes.strides import spell_strides
@@ -257,7 +257,10 @@ def _plain_inference() -> Any:
 def _stand_in(value: Any) -> Any:
     """A plain fake tensor of the same outer metadata."""
     if isinstance(value, torch.Tensor):
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        shape, strides = ([formula(size_of(size)) for size in sizes] for sizes in (value.shape, value.stride()))
+        return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+    if isinstance(value, torch.SymInt):
+        return formula(size_of(value))
     return float(value) if isinstance(value, torch.SymFloat) else value
 
 

@@ -5,6 +5,7 @@ The first call is compiled for its size. With the second one the sizes stay open
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -37,6 +38,7 @@ from paracompile.layout.sizes import (
     same,
     size_of,
 )
+from paracompile.passes import run_passes
 from paracompile.patterns import rules
 from paracompile.patterns.rules import register_rule
 from paracompile.patterns.rules.labels import equation
@@ -269,3 +271,24 @@ def test_operators_of_one_s_own(rule: str | Rule, compiles: int, monkeypatch: py
             tokens = draw(BATCH, length, WIDTH)
             assert_equal(again(tokens), attention(turned(tokens)))
     assert len(compiled) == compiles
+
+
+def test_where_a_pass_cannot_do_with_open_sizes_each_is_compiled_and_a_warning_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(gm: fx.GraphModule, *args: Any, **how: Any) -> fx.GraphModule:
+        made = run_passes(gm, *args, **how)
+        if any(isinstance(node.meta.get("val"), torch.SymInt) for node in made.graph.nodes):
+            raise TypeError("as a pass might")
+        return made
+
+    monkeypatch.setattr("paracompile.backend.run_passes", failing)
+    reports: list[Report] = []
+    model = randomise(Transformer(3))
+    options = {"rdt": 0.1, "compiler": "eager", "report": reports.append}
+    compiled = torch.compile(model, backend="paracompile", options=options)
+    for number, length in enumerate((12, 15, 18)):
+        tokens = draw(BATCH, length, 10)
+        with torch.no_grad(), pytest.warns(match="as a pass might") if number else contextlib.nullcontext():
+            assert_equal(compiled(tokens), model(tokens))
+    assert len(reports) == 3
