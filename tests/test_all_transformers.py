@@ -185,6 +185,23 @@ def test_blocks_are_skipped_or_a_warning_says_why_not(name: str) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("name", BUILDERS)
+def test_with_every_size_open(name: str) -> None:
+    """All dimensions that the model leaves open stay so; a warning that a pass cannot do with it would be an error."""
+    model, inputs = BUILDERS[name]()
+    for value in pytree.tree_leaves(inputs):
+        for dim in range(1, value.dim()) if isinstance(value, torch.Tensor) else ():
+            torch._dynamo.maybe_mark_dynamic(value, dim)
+    torch._dynamo.reset()
+    options = {"rdt": ALWAYS, "compiler": "eager"}
+    compiled = torch.compile(model, backend="paracompile", fullgraph=name in ONE_GRAPH, options=options)
+    limits = {"recompile_limit": 64, "accumulated_recompile_limit": 256}
+    with warnings.catch_warnings(), torch.no_grad(), torch._dynamo.config.patch(**limits):
+        warnings.filterwarnings("error", message="paracompile: a graph of .* compiles for each size")
+        close(compiled(**inputs), model(**inputs), COARSE.get(name, TOLERANCE))
+
+
+@pytest.mark.full
 def test_no_transformer_is_left_out() -> None:
     import diffusers.models.transformers as package
 
