@@ -157,8 +157,9 @@ def _with_sizes_in_front(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes:
         if node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.eliminate_dead_code()
-    return fx.GraphModule(gm, graph)
+    in_front = fx.GraphModule(gm, graph)
+    in_front.graph.eliminate_dead_code()
+    return in_front
 
 
 def _bodies(graph: fx.Graph) -> list[Body | None]:
