@@ -29,6 +29,7 @@ from paracompile.passes.attention_on_shards import Lengths
 from paracompile.passes.cache_decision import Control
 from paracompile.recompiles import make_room
 from paracompile.report.dump import Dump
+from paracompile.report.open_sizes import fixed_sizes
 from paracompile.report.report import NO_BLOCKS, Report, in_pieces, report_of, serves_nothing
 from paracompile.runtime.agreement import Agreement
 from paracompile.runtime.cached_call import graph_compiled, graph_is_plain
@@ -111,8 +112,12 @@ def paracompile(
             warnings.warn(NO_BLOCKS, stacklevel=2)
     if chosen.kernel != "auto" and found.kernel_declined and not found.kernel_serves:
         warnings.warn(serves_nothing(found), stacklevel=2)
+    fixed = fixed_sizes(captured.shape_env)
+    for sizes in fixed:
+        warnings.warn(f"paracompile: {captured.model} is {sizes}", stacklevel=2)
     if chosen.report is not None and report is not None:
-        chosen.report(replace(report, compilation=compilation))
+        made = replace(report, open_sizes=captured.open_sizes, fixed_sizes=fixed, compilation=compilation)
+        chosen.report(made)
     run = as_called(compiled, captured, chosen, ranks, found, threshold, plan=Control.plan(_cache_rules(chosen)))
     return run if ranks.is_single else as_called_by_all(run, captured, chosen, ranks, agreement)
 

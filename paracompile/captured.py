@@ -16,17 +16,19 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from paracompile.errors import GraphError, OptionError, ParacompileError
 from paracompile.layout.graph import is_static
-from paracompile.layout.sizes import is_symbol
+from paracompile.layout.sizes import free_symbols_of, is_symbol
 from paracompile.patterns.blocks import find_blocks
 from paracompile.patterns.convolutions import overlaps
 from paracompile.patterns.numbers import Numbers, find_numbers
+from paracompile.report.open_sizes import open_sizes
 from paracompile.torch_private import (
     CompileContext,
     InstructionTranslator,
+    TracingContext,
     convert_frame,
     eval_frame,
     graph_break_reasons,
@@ -80,9 +82,25 @@ class Captured:
     @property
     def has_open_sizes(self) -> bool:
         """Whether an input has, or is, a size that may be another one in the next call."""
+        return bool(free_symbols_of(self._sized))
+
+    @property
+    def _sized(self) -> list[Any]:
         kept = self.numbers.kept
-        values = (node.meta.get("example_value") for node in self.placeholders if node not in kept)
-        return any(free_symbols(value) for value in values if isinstance(value, (torch.Tensor, torch.SymInt)))
+        return [node.meta.get("example_value") for node in self.placeholders if node not in kept]
+
+    @property
+    def open_sizes(self) -> tuple[str, ...]:
+        """The names of the sizes that may be others in the next call."""
+        return open_sizes(self._sized, self.shape_env)
+
+    @property
+    def shape_env(self) -> ShapeEnv:
+        """What Dynamo knows of sizes, and guards."""
+        mode = TracingContext.get().fake_mode
+        assert mode is not None
+        assert mode.shape_env is not None
+        return mode.shape_env
 
     def fix_sizes(self) -> None:
         """Fixes all open sizes by guards: the graph serves one set of sizes."""

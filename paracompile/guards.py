@@ -11,12 +11,12 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
 from paracompile.captured import Captured
 from paracompile.layout.sizes import hint, size_of
 from paracompile.runtime.agreement import Agreement
-from paracompile.torch_private import PythonPrinter, TracingContext, own_expression
+from paracompile.torch_private import PythonPrinter, own_expression
 
 __all__ = ["Guards"]
 
@@ -32,12 +32,8 @@ class Guards:
     """The guards that are added to one graph from now on, until it is compiled."""
 
     def __init__(self, captured: Captured) -> None:
-        context = TracingContext.get()
-        assert context.fake_mode is not None
-        env = context.fake_mode.shape_env
-        assert env is not None
-        self._env: ShapeEnv = env
-        self._before = len(env.guards)
+        self._env = captured.shape_env
+        self._before = len(self._env.guards)
         values = {node.name: node.meta.get("example_value") for node in captured.placeholders}
         self._symbols = {
             str(own_expression(value)): value for value in values.values() if isinstance(value, torch.SymInt)

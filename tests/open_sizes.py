@@ -31,26 +31,35 @@ def _video(rows: int, columns: int, frames: int, words: int) -> Sizes:
     return {"size": (frames, 2 * rows, 2 * columns), "text": words}
 
 
+def _latents(rows: int, columns: int, frames: int, words: int) -> Sizes:
+    return {"size": (frames, rows, columns), "text": words}
+
+
 _OF: dict[str, Callable[..., Sizes]] = {
     "flux": _tokens,
     "stable_diffusion_3": _pixels,
     "wan": _video,
     "qwen_image": _tokens,
     "hunyuan_video": _video,
+    "cogvideox": _video,
+    "ltx_video": _latents,
+    "mochi": _video,
 }
 
-FAMILIES = tuple(_OF)
+FAMILIES = tuple(family for family in _OF if family != "mochi")
+"""All but Mochi, whose own code asks for the numbers of rows and columns."""
 
 
-def built(family: str, number: int, **more: Any) -> tuple[nn.Module, Inputs]:
+def built(family: str, number: int, *, masked: bool = False, **more: Any) -> tuple[nn.Module, Inputs]:
     """The family's model and its inputs at one of twelve sizes. The models of all sizes are equal.
 
-    As its pipeline does where no prompt is padded, Qwen-Image is given no mask: with one diffusers makes a tensor of
-    the prompt's length, which Dynamo takes for a constant.
+    args:
+        masked: whether Qwen-Image is given a mask: its pipeline does so where a prompt is padded. Diffusers makes a
+            tensor of the prompt's length then, which Dynamo takes for a constant.
     """
     sizes = _OF[family](*(each[number] for each in (_ROWS, _COLUMNS, _FRAMES, _WORDS)))
     model, inputs = ALL_FAMILIES[family].build(batch=1, **sizes, **more)
-    if family == "qwen_image":
+    if family == "qwen_image" and not masked:
         inputs["encoder_hidden_states_mask"] = None
     return model, inputs
 

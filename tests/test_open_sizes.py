@@ -42,6 +42,7 @@ from paracompile.passes import run_passes
 from paracompile.patterns import rules
 from paracompile.patterns.rules import register_rule
 from paracompile.patterns.rules.labels import equation
+from paracompile.report.open_sizes import fixed_sizes
 from paracompile.report.report import Report
 from paracompile.torch_private import ConstantSource, PythonPrinter
 
@@ -224,6 +225,50 @@ def test_ranks_that_share_an_image_compile_for_each_size() -> None:
     assert len(compiled) == 3
 
 
+FIXED = {
+    "mochi": (("hidden_states.shape[3]", "hidden_states.shape[4]"), "transformer_mochi.py"),
+    "qwen_image": (
+        ("encoder_hidden_states_mask.shape[1]", "encoder_hidden_states.shape[1]"),
+        "transformer_qwenimage.py",
+    ),
+}
+"""Sizes that models' own code asks the numbers of, and where; Qwen-Image does so with a mask."""
+
+
+@pytest.mark.parametrize("family", FIXED)
+def test_a_size_whose_number_the_model_asks_for_compiles_anew_and_is_named(family: str) -> None:
+    reports: list[Report] = []
+    options = {"compiler": "eager", "rdt": 0.1, "report": reports.append}
+    model, _ = built(family, 0, masked=True)
+    compiled = torch.compile(model, backend="paracompile", fullgraph=True, options=options)
+    names, file = FIXED[family]
+    for number in range(3):
+        _, inputs = built(family, number, masked=True)
+        with torch.no_grad(), pytest.warns(match=file) if number else contextlib.nullcontext():
+            assert_equal(compiled(**inputs)[0], model(**inputs)[0])
+    first, *others = reports
+    assert first.fixed_sizes == first.open_sizes == ()
+    assert len(others) == 2
+    for report in others:
+        assert set(names) == {name for sizes in report.fixed_sizes for name in sizes.names}
+        assert not set(names) & set(report.open_sizes)
+        assert f"compiled anew for each {names[0]}" in str(report)
+
+
+def test_what_is_no_line_of_the_model_names_the_readme(env: ShapeEnv) -> None:
+    int(opened(env, 6))
+    assert [str(sizes) for sizes in fixed_sizes(env)] == [
+        "compiled anew for each s0, fixed by paracompile, as the README tells under Sizes"
+    ]
+
+
+def test_what_divides_a_size_does_not_fix_it(env: ShapeEnv) -> None:
+    rows, columns = opened(env, 6), opened(env, 8)
+    assert rows.formula % 2 == 0
+    assert columns.formula // 2 == 4
+    assert [sizes.names for sizes in fixed_sizes(env)] == [("s1",)]
+
+
 def test_the_default_compiler() -> None:
     """Lengths above 64, up to which Inductor asks itself whether a loop is short."""
     reports: list[Report] = []
@@ -235,6 +280,7 @@ def test_the_default_compiler() -> None:
             for _ in range(2):
                 assert_equal(compiled(tokens), model(tokens))
     assert len(reports) == 2
+    assert reports[1].open_sizes == ("x.shape[1]",)
     assert reports[1].compilation is not None
     assert reports[1].compilation.different < reports[1].compilation.regions
 

@@ -23,6 +23,7 @@ from paracompile.patterns.attention import find_attentions
 from paracompile.patterns.exchanges import is_collective, link_of
 from paracompile.patterns.flops import flops_of
 from paracompile.patterns.rules import rule_for
+from paracompile.report.open_sizes import FixedSizes
 
 _COUNTS = 0.05
 """The share of a model's products from which on the report names what every rank computes whole."""
@@ -71,6 +72,8 @@ class Report:
         blocks_skipped: how many of them it may skip.
         flops_skipped: operations of one rank in these.
         state_bytes: bytes that it stores on a rank for each slot.
+        open_sizes: sizes of the inputs that may be others in the next call, for which nothing is compiled.
+        fixed_sizes: sizes that changed from call to call, and are compiled for nevertheless.
         kernel: what computes attention where it was not left to PyTorch.
         kernel_serves: how many attentions it computes.
         notes: what was gathered on the way or left whole, and why.
@@ -92,6 +95,8 @@ class Report:
     blocks_skipped: int = 0
     flops_skipped: int = 0
     state_bytes: int = 0
+    open_sizes: tuple[str, ...] = ()
+    fixed_sizes: tuple[FixedSizes, ...] = ()
     kernel: str | None = None
     kernel_serves: int = 0
     notes: tuple[str, ...] = ()
@@ -123,12 +128,15 @@ class Report:
                 ("work of a skipped step", f"{rest:.1%} of a step"),
                 ("bytes stored for each slot", f"{self.state_bytes:,}"),
             ]
+        if self.open_sizes:
+            rows.append(("sizes that stay open", ", ".join(self.open_sizes)))
         if self.kernel is not None:
             rows.append((f"attentions by {self.kernel}", str(self.kernel_serves)))
         if self.compilation is not None:
             rows.append(("compiled", str(self.compilation)))
         width = max(len(name) for name, _ in rows)
-        return "\n".join([f"{name:<{width}}  {value}" for name, value in rows] + [f"- {note}" for note in self.notes])
+        notes = [*map(str, self.fixed_sizes), *self.notes]
+        return "\n".join([f"{name:<{width}}  {value}" for name, value in rows] + [f"- {note}" for note in notes])
 
 
 NO_BLOCKS = (
