@@ -69,7 +69,7 @@ def _holds_once(guard: sympy.Expr, symbol: sympy.Symbol, env: ShapeEnv) -> bool:
     if not isinstance(guard, sympy.Eq):
         return False
     size = env.backed_var_to_val[symbol]
-    return not any(guard.xreplace({symbol: size * factor}) for factor in (2, 3, 5))
+    return sympy.true not in [guard.xreplace({symbol: size * factor}) for factor in (2, 3, 5)]
 
 
 def _name(symbol: sympy.Symbol, env: ShapeEnv) -> str:
