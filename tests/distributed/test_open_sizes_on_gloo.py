@@ -18,7 +18,7 @@ from torch import fx
 from paracompile.compiler import compile_regions
 from paracompile.report.report import Report
 
-OPTIONS: dict[str, Any] = {"timeout": 60}
+OPTIONS: dict[str, Any] = {"timeout": 300}  # four ranks compile on few cores
 
 
 def at_all_sizes(rank: int, family: str, compiler: str, numbers: list[int]) -> tuple[int, list[float]]:
