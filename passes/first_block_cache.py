@@ -48,6 +48,7 @@ from paracompile.passes.cache_decision import (
     sign_of,
     sum_of_sizes,
 )
+from paracompile.passes.evaluation import evaluating
 from paracompile.passes.found import CacheLayout, Found, Skipped
 from paracompile.passes.mark_blocks import WATCHED, part_of, roles_of
 from paracompile.passes.writer import GraphWriter, as_float
@@ -247,7 +248,7 @@ class _Writer:
         shape = list(sizes_of(before.meta["val"]))
         shape[-1] = -(-shape[-1] // self.rules.downsample_factor)
         sample = before.meta["val"]
-        with self.fake_mode, torch.inference_mode(False):
+        with evaluating(self.fake_mode):
             like, added = [torch.empty(symbols_in(shape), dtype=sample.dtype, device=sample.device)], []
             for value in kept:
                 if value.enter is not None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from paracompile.passes.evaluation import evaluating
 from paracompile.patterns.numbers import FILLED, IN_PLACE, MADE, OF_NUMBERS, Numbers
 from paracompile.torch_private import FakeTensor
 
@@ -30,7 +31,7 @@ def write_numbers(gm: fx.GraphModule, numbers: Numbers) -> fx.GraphModule:
         return gm
     values = (node.meta.get("example_value") for node in gm.graph.nodes)
     fake_mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))  # the inputs have another
-    with fake_mode, torch.inference_mode(False), torch.no_grad():
+    with evaluating(fake_mode):
         graph = _Writer(numbers.kept).written(gm.graph)
     return fx.GraphModule(gm, graph)
 

@@ -36,6 +36,7 @@ from torch import Tensor, fx, nn
 from paracompile.errors import GraphError, module_paths
 from paracompile.layout.graph import is_static
 from paracompile.layout.sizes import formula, formula_of, free_symbols_of, size_of
+from paracompile.passes.evaluation import evaluating
 from paracompile.passes.first_block_cache import COND
 from paracompile.passes.formulas import Formulas, symbols_of
 from paracompile.patterns.regions import Body, cut_along_blocks, is_view, look_of
@@ -273,7 +274,7 @@ class _Cutter:
 
     def _lay_out(self, module: fx.GraphModule, views: Sequence[bool]) -> tuple[Tensor, ...]:
         """Makes the results contiguous that are no views; what all of them look like then."""
-        with self.fake_mode, torch.inference_mode(False), torch.no_grad():
+        with evaluating(self.fake_mode):
             found = list(fx.Interpreter(module).run(*examples_of(module)))
         (output,) = module.graph.find_nodes(op="output")
         results = list(output.args[0])
@@ -290,7 +291,7 @@ class _Cutter:
         return tuple(found)
 
     def _contiguous(self, fake: Tensor) -> Tensor:
-        with self.fake_mode, torch.inference_mode(False):
+        with evaluating(self.fake_mode):
             return torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
 
 

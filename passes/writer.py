@@ -9,6 +9,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from paracompile.layout.sizes import sizes_in, symbols_in
+from paracompile.passes.evaluation import evaluating
 from paracompile.patterns.regions import look_of
 from paracompile.torch_private import FakeTensorMode, set_source, source_of, tree_leaves, tree_map_only
 
@@ -50,7 +51,7 @@ class GraphWriter:
         key = repr((str(target), autocast, tree_map_only(torch.Tensor, look_of, (args, kwargs))))
         if key in self._known:
             return self._known[key]
-        with self._fake_mode, torch.inference_mode(False), torch.no_grad():
+        with evaluating(self._fake_mode):
             made = target(*symbols_in(args), **symbols_in(kwargs))
         if all(isinstance(value, torch.Tensor) and not free_unbacked_symbols(value) for value in tree_leaves(made)):
             self._known[key] = made

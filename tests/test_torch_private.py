@@ -535,6 +535,17 @@ def test_expressions_of_sizes() -> None:
     assert b.node.expr == one + 1 or a.node.expr == other - 1  # the guard says so
 
 
+@of("enable_python_dispatcher")
+def test_operators_made_of_others_know_open_sizes() -> None:
+    env = ShapeEnv()
+    symbol = env.create_symbol(7, torch_private.ConstantSource("s"), DimDynamic.DYNAMIC, constraint_dim=None)
+    rows = env.create_symintnode(symbol, hint=7)
+    with torch_private.FakeTensorMode(shape_env=env), torch_private.enable_python_dispatcher():
+        made = torch.ops.aten.linear.default(torch.ones(2, rows, 5), torch.ones(3, 5))
+    assert made.shape[1].node.expr == symbol
+    assert not env.guards
+
+
 @of("memory_of")
 def test_tensors_share_memory() -> None:
     with torch_private.FakeTensorMode():

@@ -30,6 +30,7 @@ from torch._C._functorch import (
     get_dynamic_layer_stack_depth,  # how many levels functorch is in
     pop_dynamic_layer_stack,
 )
+from torch._dispatch.python import enable_python_dispatcher  # operators made of others run as Python
 from torch._dynamo import (
     convert_frame,  # its file on the stack: here Dynamo begins to compile
     eval_frame,  # its file on the stack: here what is compiled was called
