@@ -213,6 +213,7 @@ def test_as_an_option(compiler: str) -> None:
     assert own.calls == sum(1 if hit else report.kernel_serves for hit in hits)
 
 
+@pytest.mark.full
 def test_flex_attention_as_an_option() -> None:
     """Under Inductor, whose first call runs operators where Dynamo may not do all that it does elsewhere."""
     of = as_used.build("flux")

@@ -8,6 +8,7 @@ import pytest
 from as_used import EVERYTHING, build, largest_difference, steps
 from families import ALL_FAMILIES
 from pool import Pool
+from quick import quick
 
 pytestmark = pytest.mark.slow
 
@@ -17,11 +18,7 @@ def on_a_rank(rank: int, family: str, quantised: bool, options: dict[str, Any]) 
     return outputs, hits
 
 
-def families(quick: tuple[str, ...]) -> list[Any]:
-    return [pytest.param(name, marks=[] if name in quick else pytest.mark.full) for name in ALL_FAMILIES]
-
-
-@pytest.mark.parametrize("family", families(()))
+@pytest.mark.parametrize("family", quick(ALL_FAMILIES, "wan"))
 def test_computed_and_skipped_steps(family: str, two_ranks: Pool) -> None:
     expected, _ = steps(build(family), {}, compiler="eager")
     for found, hits in two_ranks.run(on_a_rank, family, False, {}):
@@ -29,7 +26,8 @@ def test_computed_and_skipped_steps(family: str, two_ranks: Pool) -> None:
         assert largest_difference(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("family", families(("wan",)))
+@pytest.mark.full
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_with_everything_on(family: str, two_ranks: Pool) -> None:
     pytest.importorskip("torchao.quantization")
     expected, _ = steps(build(family, quantised=True), EVERYTHING, compiler="eager")

@@ -47,6 +47,7 @@ def in_a_ring(rank: int) -> tuple[Tensor, Tensor, list[Report]]:
     return expected, output, reports
 
 
+@pytest.mark.full
 def test_a_ring_with_a_kernel_of_choice_and_eight_bits(two_ranks: Pool) -> None:
     for expected, output, (report,) in two_ranks.run(in_a_ring):
         assert 1e-6 < (output - expected).abs().max() / expected.abs().max() < 0.01

@@ -43,7 +43,7 @@ def check(pool: Pool, family: str, compiler: str, numbers: list[int], *, most: i
         assert max(deviations) <= 1
 
 
-@pytest.mark.parametrize("family", quick(FAMILIES, "hunyuan_video"))
+@pytest.mark.parametrize("family", quick(FAMILIES, "flux"))
 def test_two_ranks(family: str, two_ranks: Pool) -> None:
     check(two_ranks, family, "eager", list(range(COUNT)), most=2)
 
