@@ -24,6 +24,7 @@ from paracompile.passes.compose_padding import compose_padding
 from paracompile.passes.drop_masked_keys import drop_masked_keys
 from paracompile.passes.first_block_cache import first_block_cache
 from paracompile.passes.found import CacheLayout, Found
+from paracompile.passes.fuse_attention import fuse_attention
 from paracompile.passes.lower import lower
 from paracompile.passes.mark_blocks import mark_blocks
 from paracompile.passes.normalise import normalise
@@ -112,6 +113,7 @@ def pipeline(
     aten, static = frozenset({"functional ATen"}), frozenset({"functional ATen", "static lengths"})
     passes = [
         Pass(normalise, provides="functional ATen"),
+        Pass(partial(fuse_attention, found=found), requires=aten, provides="fused attention"),
         Pass(static_lengths, requires=aten, provides="static lengths"),
     ]
     if cache is not None:

@@ -73,6 +73,7 @@ class Found:
 
     attributes:
         why_a_piece: why the graph is only a piece of its model (`Captured`); None where it is all of it.
+        fused: how many attentions the model writes out (`fuse_attention`).
         plans: by mesh axis, what its ranks cut and how (`plan_layouts`).
         dimensions: where images are cut, the name of the spatial dimension that is and what it costs, then those of
             the others (`plan_layouts`); none where tokens are.
@@ -89,6 +90,7 @@ class Found:
     """
 
     why_a_piece: str | None = None
+    fused: int = 0
     plans: dict[str, Plan] = field(default_factory=dict)
     dimensions: tuple[tuple[str, Cost], ...] = ()
     skipped: Skipped | None = None

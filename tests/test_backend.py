@@ -266,6 +266,7 @@ def test_dump_on_one_rank(model: type[nn.Module], tmp_path: Path) -> None:
     if model is Masked:
         names += [
             "normalise",
+            "fuse_attention",
             "static_lengths",
             "drop_masked_keys",
             "choose_kernels",
@@ -279,6 +280,7 @@ def test_dump_on_one_rank(model: type[nn.Module], tmp_path: Path) -> None:
 
 PASSES = (
     "normalise",
+    "fuse_attention",
     "static_lengths",
     "compose_padding",
     "plan_layouts",

@@ -22,7 +22,7 @@ from paracompile.patterns.blocks import Stream, brought_back, find_blocks, find_
 
 def in_aten(of: Captured) -> fx.GraphModule:
     """The graph in which blocks are looked for."""
-    return run_passes(of.gm, of.example_inputs, pipeline(Ranks.simulated())[:2])
+    return run_passes(of.gm, of.example_inputs, pipeline(Ranks.simulated())[:3])
 
 
 def named(name: str, number: int) -> list[str]:

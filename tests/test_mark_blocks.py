@@ -41,7 +41,7 @@ def of_model(model: nn.Module, **more: Tensor) -> Captured:
 def marked(of: Captured, **kept: int) -> tuple[fx.Graph, list[Skipped]]:
     """The graph after `mark_blocks`, and what was found."""
     found = Found()
-    gm = run_passes(of.gm, of.example_inputs, pipeline(Ranks.simulated())[:2])
+    gm = run_passes(of.gm, of.example_inputs, pipeline(Ranks.simulated())[:3])
     graph = mark_blocks(gm, of.example_inputs, found=found, **kept).graph
     return graph, [] if found.skipped is None else [found.skipped]
 
@@ -405,7 +405,7 @@ def test_marking_comes_before_the_cut_and_skipping_after_it() -> None:
     ranks = Ranks.simulated(batch=2, ulysses=2)
     names = [step.name for step in pipeline(ranks, cache=CachePasses())]
     assert names == [
-        *("normalise", "static_lengths", "mark_blocks"),
+        *("normalise", "fuse_attention", "static_lengths", "mark_blocks"),
         *("compose_padding", "plan_layouts", "split_and_gather", "unified_attention", "lower"),
         *("drop_masked_keys", "choose_kernels", "first_block_cache", "schedule", "dispatch_on_subclasses"),
     ]

@@ -63,7 +63,10 @@ def test_a_broken_contract_names_the_pass_what_it_misses_and_what_ran(passes: li
 
 # The list
 
-AROUND = ["normalise", "static_lengths"], ["drop_masked_keys", "choose_kernels", "schedule", "dispatch_on_subclasses"]
+AROUND = (
+    ["normalise", "fuse_attention", "static_lengths"],
+    ["drop_masked_keys", "choose_kernels", "schedule", "dispatch_on_subclasses"],
+)
 SHARDING = ["compose_padding", "plan_layouts", "split_and_gather", "unified_attention", "lower"]
 MESHES: list[tuple[Mesh, list[str]]] = [
     (1, []),
@@ -100,10 +103,10 @@ def test_the_order_with_a_first_block_cache(mesh: Mesh, cuts: list[str]) -> None
 @pytest.mark.parametrize(
     "order, words",
     [
-        ((0, 1, 3, 4, 5, 6, 7, 2, 8, 9, 10, 11), ["'mark_blocks' cannot follow ['a rank', 'shards']"]),
-        ((0, 1, 3, 4, 5, 2, 6, 7, 8, 9, 10, 11), ["'mark_blocks' cannot follow ['shards']"]),
-        ((0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11), ["'first_block_cache' needs ['marked blocks']"]),
-        ((0, 2, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11), ["'mark_blocks' needs ['static lengths']"]),
+        ((0, 1, 2, 4, 5, 6, 7, 8, 3, 9, 10, 11, 12), ["'mark_blocks' cannot follow ['a rank', 'shards']"]),
+        ((0, 1, 2, 4, 5, 6, 3, 7, 8, 9, 10, 11, 12), ["'mark_blocks' cannot follow ['shards']"]),
+        ((0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12), ["'first_block_cache' needs ['marked blocks']"]),
+        ((0, 1, 3, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12), ["'mark_blocks' needs ['static lengths']"]),
     ],
 )
 def test_the_passes_of_the_cache_in_any_other_order_are_refused(order: Sequence[int], words: list[str]) -> None:
@@ -117,12 +120,12 @@ def test_the_passes_of_the_cache_in_any_other_order_are_refused(order: Sequence[
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda passes: passes[1:], ["'static_lengths'", "['functional ATen']", "nothing"]),
-        (lambda passes: passes[:1] + passes[2:], ["'compose_padding'", "['static lengths']", "['functional ATen']"]),
-        (lambda passes: passes[:3] + passes[4:], ["'split_and_gather' needs ['plans']"]),
-        (lambda passes: passes[:5] + passes[4:], ["'split_and_gather' cannot follow ['shards']"]),
-        (lambda passes: passes[:5] + passes[6:], ["'lower' needs ['unified attention']"]),
-        (lambda passes: passes[:7] + passes[6:], ["'lower' cannot follow ['a rank']"]),
+        (lambda passes: passes[1:], ["'fuse_attention'", "['functional ATen']", "nothing"]),
+        (lambda passes: passes[:2] + passes[3:], ["'compose_padding'", "['static lengths']", "'functional ATen'"]),
+        (lambda passes: passes[:4] + passes[5:], ["'split_and_gather' needs ['plans']"]),
+        (lambda passes: passes[:6] + passes[5:], ["'split_and_gather' cannot follow ['shards']"]),
+        (lambda passes: passes[:6] + passes[7:], ["'lower' needs ['unified attention']"]),
+        (lambda passes: passes[:8] + passes[7:], ["'lower' cannot follow ['a rank']"]),
         (lambda passes: passes[-1:], ["'dispatch_on_subclasses' needs"]),
         (lambda passes: passes[-2:], ["'schedule' needs"]),
     ],

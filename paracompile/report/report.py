@@ -61,6 +61,7 @@ class Report:
         bytes_handed_on: bytes that ranks gather at the end of a piece, for what follows it.
         ranks: over how many ranks it was sharded; 1 where nothing was.
         dimension: what images are cut along ("height", ...); None where they are not.
+        fused: attentions that the model writes out, and that were made one operator each (`fuse_attention`).
         attentions: attentions whose tokens the ranks exchange.
         cross_attentions: attentions cut along their queries alone, which send nothing.
         whole_attentions: attentions that every rank computes whole: that is cheaper, or they cannot be cut.
@@ -84,6 +85,7 @@ class Report:
     why_a_piece: str | None = None
     bytes_handed_on: int = 0
     dimension: str | None = None
+    fused: int = 0
     attentions: int = 0
     cross_attentions: int = 0
     whole_attentions: int = 0
@@ -116,6 +118,8 @@ class Report:
                 ("bytes sent by a rank", f"{self.bytes_sent:,}"),
                 ("work of a rank", f"{share:.1%} of the model's products"),
             ]
+        if self.fused:
+            rows.append(("attentions that were written out", str(self.fused)))
         if self.why_a_piece is not None:
             rows += [
                 ("only a piece of the model", self.why_a_piece),
@@ -212,6 +216,7 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
         why_a_piece=found.why_a_piece,
         dimension=found.dimensions[0][0] if found.dimensions else None,
         bytes_handed_on=_gathered_at_the_end(plans[-1]) if plans and found.why_a_piece is not None else 0,
+        fused=found.fused,
         attentions=len(exchanged),
         cross_attentions=len(cut) - len(exchanged),
         whole_attentions=len(attentions) - len(cut),
