@@ -5,7 +5,7 @@ RUN_ARGS ?=
 GPU_ARGS ?=
 # The Python of the machine that the wheels are for.
 WHEELS_FOR ?= 3.12
-# Tests of one file share what was captured and compiled, so a file stays with one worker.
+# tests/conftest.py says which tests stay with one worker, and why.
 WORKERS ?= 2
 # The marks of tests that make test leaves out, as pytest takes them: "full or slow" is quicker still.
 WITHOUT ?= full
@@ -46,10 +46,10 @@ run: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/run_flux.py --device cpu $(RUN_ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not ($(WITHOUT))' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -m 'not ($(WITHOUT))' $(PYTEST_ARGS)
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 gpu: $(INSTALLED)
 	$(BIN)/python examples/benchmarks/gpu $(GPU_ARGS)

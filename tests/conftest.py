@@ -12,11 +12,19 @@ import torch
 from torch._C._dynamo.guards import GlobalStateGuard
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "xdist_group(name): tests that one worker runs")
     torch.set_num_threads(1)  # two threads of one core are slower than one
     gc.set_threshold(100_000, 20, 20)  # graphs are many objects, which each collection looks at
     # pytest gives every logger that does not propagate a handler, for which this one would write down each compile
     logging.getLogger("torch.__trace").propagate = True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file stays with one worker, for what was captured and compiled; all that uses a pool of ranks, for the pool."""
+    for item in items:
+        uses_ranks = item.path.parent.name == "distributed"
+        item.add_marker(pytest.mark.xdist_group("ranks" if uses_ranks else item.path.name))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -47,7 +47,7 @@ FAMILIES = {
     "cosmos_3": CachedFamily(cosmos_3, lists=("model.layers",), image=1, change=0.3),
 }
 
-QUICK = ("krea2", "flux2-klein", "bria_fibo", "sana", "helios", "cosmos_3")
+QUICK = ("flux2-klein", "bria_fibo", "sana", "helios")
 
 CASES = [
     pytest.param(name, ranks, marks=[] if name in QUICK and ranks == 2 else pytest.mark.full)

@@ -239,6 +239,7 @@ def test_what_cannot_be_run_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: 
         parsed("flux", "--offload", "--device", "cuda")
 
 
+@pytest.mark.full
 def test_what_hardware_refuses_is_told_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, FOLDER / "run_flux.py", "--device", "cpu", "--quantize", "fp8", "--no-plain"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -155,6 +155,7 @@ def test_what_needs_no_tokens_runs_while_a_result_travels(code: Code) -> None:
     assert code.linears_under(result) >= 1
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("_two_ranks_on_paper")
 @pytest.mark.parametrize("family, lists", [("flux", {"transformer_blocks": 1, "single_transformer_blocks": 1})])
 def test_in_a_ring_the_next_keys_travel_under_the_attention_on_the_present_ones(

@@ -343,6 +343,7 @@ def test_every_resolution_is_sharded_and_right(two_ranks: Pool) -> None:
         assert warned == []
 
 
+@pytest.mark.full
 def test_more_sizes_than_dynamo_compiles_by_itself(two_ranks: Pool) -> None:
     sizes = [(6, 8), (4, 8), (10, 4), (6, 8)]
     for found, expected, graphs, warned in two_ranks.run(at_resolutions, sizes, 2):

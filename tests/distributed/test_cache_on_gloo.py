@@ -87,6 +87,7 @@ def quantised(rank: int) -> tuple[Tensor, Hits]:
     return generate(model, prompts("wan", seed=1), naming="diffusers"), hits(model)
 
 
+@pytest.mark.full
 def test_quantised_weights(two_ranks: Pool) -> None:
     expected, skipped = quantised(0)
     assert sum(map(sum, skipped.values())) > 0

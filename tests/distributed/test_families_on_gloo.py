@@ -76,6 +76,7 @@ def with_own_noise(rank: int) -> tuple[Tensor, Tensor]:
     return output, expected
 
 
+@pytest.mark.full
 def test_ranks_that_draw_other_noise_all_give_rank_0_s_result(two_ranks: Pool) -> None:
     (first, expected), (second, other) = two_ranks.run(with_own_noise)
     assert deviation(other, expected) > 1000
@@ -101,7 +102,7 @@ def in_low_precision(rank: int, family: str, dtype: torch.dtype) -> tuple[Tensor
 
 @pytest.mark.parametrize(
     "family, dtype",
-    quick(product(("flux", "wan"), (torch.bfloat16, torch.float16)), ("flux", torch.bfloat16), ("wan", torch.float16)),
+    quick(product(("flux", "wan"), (torch.bfloat16, torch.float16)), ("flux", torch.bfloat16)),
     ids=str,
 )
 def test_low_precision_loses_no_more_than_the_eager_model_does(

@@ -96,6 +96,7 @@ def other_generators(rank: int) -> Tensor:
     return latents(pipe, generator=torch.Generator() if rank == 0 else None)
 
 
+@pytest.mark.full
 def test_ranks_with_other_generators_are_told_so() -> None:
     pool = Pool(2)
     with pytest.raises(PoolError, match="ranks differ in 'generators'"):

@@ -214,6 +214,7 @@ def cached(rank: int, options: dict[str, Any]) -> tuple[list[Tensor], list[list[
     return outputs, [[step.hit for step in steps] for steps in slots if steps]
 
 
+@pytest.mark.full
 def test_blocks_are_skipped_in_the_piece_that_holds_them(two_ranks: Pool) -> None:
     expected, hits = cached(0, {"mesh": None})
     assert hits == [[False, True, True]]
