@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from paracompile.layout.plan import Plan
 from paracompile.mesh import Ranks
 from paracompile.options import Options
 from paracompile.overlap import inductor_settings
-from paracompile.passes import CachePasses, CacheRules, Found, local_lengths, pipeline, run_passes
+from paracompile.passes import Found, local_lengths, pipeline, run_passes
 from paracompile.passes.attention_on_shards import Lengths
 from paracompile.passes.cache_decision import Control
 from paracompile.recompiles import make_room
@@ -118,7 +118,7 @@ def paracompile(
     if chosen.report is not None and report is not None:
         made = replace(report, open_sizes=captured.open_sizes, fixed_sizes=fixed, compilation=compilation)
         chosen.report(made)
-    run = as_called(compiled, captured, chosen, ranks, found, threshold, plan=Control.plan(_cache_rules(chosen)))
+    run = as_called(compiled, captured, chosen, ranks, found, threshold, plan=Control.plan(chosen))
     return run if ranks.is_single else as_called_by_all(run, captured, chosen, ranks, agreement)
 
 
@@ -219,7 +219,7 @@ def _passed(
         together=True,
         eight_bits=KINDS[options.exchange_dtype] if options.exchange_dtype else None,
         kernel=options.kernel,
-        cache=_cache_passes(options) if options.caches else None,
+        cache=options if options.caches else None,
         regions=options.regions,
     )
     # In Dynamo's own mode Inductor looks for the symbols of all numbers in each region, and makes constants of them.
@@ -228,15 +228,6 @@ def _passed(
     with tracing(TracingContext(mode)):
         local = run_passes(captured.gm, captured.example_inputs, passes, after=after)
     return local, reports[-1] if reports else None
-
-
-def _cache_passes(options: Options) -> CachePasses:
-    return CachePasses(options.first_blocks, options.last_blocks, _cache_rules(options))
-
-
-def _cache_rules(options: Options) -> CacheRules:
-    """The rules are options of the same names."""
-    return CacheRules(**{rule.name: getattr(options, rule.name) for rule in fields(CacheRules)})
 
 
 def _threshold(captured: Captured, options: Options) -> float:

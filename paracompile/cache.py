@@ -9,8 +9,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from paracompile.checks import number
 from paracompile.errors import OptionError
-from paracompile.options import number
 from paracompile.report.cache_stats import CacheStats, stats_of
 from paracompile.runtime.cached_call import ModelCache, caches_of
 from paracompile.runtime.slots import named

@@ -6,31 +6,32 @@ the value and the remedy. Nothing here talks to other ranks: `Options.fingerprin
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import Any, Literal, cast, get_args, get_origin
 
 from torch.distributed.device_mesh import DeviceMesh
 
+from paracompile.cache_options import CacheOptions, knobs
+from paracompile.checks import close, number, one_of
 from paracompile.errors import OptionError
 from paracompile.runtime.functions import named
 
-__all__ = ["CACHE_OPTIONS", "Compiler", "InputMode", "Options"]
+__all__ = ["Compiler", "InputMode", "Options"]
 
 InputMode = Literal["broadcast", "check", "trust"]
 ExchangeType = Literal["fp8", "int8"]
 Compiler = Literal["inductor", "eager", "aot_eager"]
-Watch = Literal["residual", "modulation"]
 Kernel = Literal["auto", "cudnn", "flash", "efficient", "math", "flex"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(CacheOptions):
     """What a user asks of one compile. Every field has a default; `parse` reads the mapping that torch hands over.
+
+    Those of the first block cache stand in `CacheOptions`.
 
     Raises:
         OptionError: a value of the wrong type, or one that cannot work.
@@ -44,44 +45,6 @@ class Options:
     inputs: InputMode = "broadcast"
     """What ranks do about inputs that differ, at each call: "broadcast" sends the first rank's to all, "check" compares
     the bytes and raises, "trust" does nothing."""
-
-    rdt: float | Literal["auto"] | None = None
-    """Threshold of the first block cache: the largest relative difference of the first block's residual, from the last
-    computed step to this one, at which the other blocks are skipped. "auto": a known one for the model's class. 0 and
-    None are off: nothing of the cache is in the graph."""
-
-    warmup_steps: int = 0
-    """The first block cache computes so many first steps of each generation."""
-
-    max_consecutive_hits: int | None = None
-    """The first block cache skips so often in a row at most; None: no limit."""
-
-    downsample_factor: int = 1
-    """The first block cache compares only every n-th channel of the residual."""
-
-    taylor_order: int = 0
-    """What stands for skipped blocks: 0 what they added when they were last computed; 1, 2 its extrapolation over the
-    steps by differences of that order (TaylorSeer)."""
-
-    steps: str | None = None
-    """What the first block cache does in each step of a generation, a letter a step: "1" computes, "0" skips where
-    anything is stored, "?" decides by `rdt`, as it does behind the last letter."""
-
-    watch: Watch = "residual"
-    """What tells the first block cache how much changed: "residual", what the first blocks add; "modulation", what the
-    first of them makes of its input before its first product (TeaCache's sign)."""
-
-    coefficients: tuple[float, ...] | None = None
-    """Of a polynomial, the highest power first, that makes of the relative change since the last step a distance; the
-    distances of skipped steps add up, and `rdt` is the limit of their sum (TeaCache). None: the change since the last
-    computed step is compared with `rdt` as it is."""
-
-    first_blocks: int = 1
-    """Blocks at the front that are always computed and decide. 0, where "modulation" is watched: none, as in TeaCache;
-    of the first one only what makes its modulation is computed."""
-
-    last_blocks: int = 0
-    """Blocks at the end that are always computed."""
 
     shard_inputs: bool = True
     """False: the inputs are this rank's shards already, cut as `torch.chunk` cuts them, and so are the outputs; only
@@ -147,22 +110,22 @@ class Options:
         for key, value in options.items():
             if key not in names:
                 raise OptionError(
-                    str(key), value, f"there is no such option{_close(str(key), names)}. Options: {', '.join(names)}"
+                    str(key), value, f"there is no such option{close(str(key), names)}. Options: {', '.join(names)}"
                 )
         return cls(**dict(options))
 
     def __post_init__(self) -> None:
         if self.mesh is not None and not isinstance(self.mesh, DeviceMesh):
             raise OptionError("mesh", self.mesh, "give a DeviceMesh, such as paracompile.init_mesh builds, or None")
-        _one_of("inputs", self.inputs, get_args(InputMode))
-        _one_of("compiler", self.compiler, get_args(Compiler))
+        one_of("inputs", self.inputs, get_args(InputMode))
+        one_of("compiler", self.compiler, get_args(Compiler))
         for key in ("shard_inputs", "drop_masked_keys", "regions", "verify"):
             if not isinstance(getattr(self, key), bool):
                 raise OptionError(key, getattr(self, key), "give True or False")
         if not callable(self.attention):
-            _one_of("attention", self.attention, get_args(Kernel), "or a function")
+            one_of("attention", self.attention, get_args(Kernel), "or a function")
         if self.exchange_dtype is not None:
-            _one_of("exchange_dtype", self.exchange_dtype, get_args(ExchangeType), "or None")
+            one_of("exchange_dtype", self.exchange_dtype, get_args(ExchangeType), "or None")
             if self.verify:
                 raise OptionError(
                     "verify", self.verify, "what travels in eight bits differs by more than rounding: leave it out"
@@ -171,13 +134,14 @@ class Options:
             raise OptionError("inputs", self.inputs, "shards differ from rank to rank: leave it out")
         if not self.shard_inputs and self.verify:
             raise OptionError("verify", self.verify, "no rank has the whole inputs to compare with: leave it out")
-        object.__setattr__(self, "rdt", _rdt(self.rdt))
-        self._check_cache()
+        super().__post_init__()
+        if self.caches and not self.shard_inputs:
+            raise OptionError("rdt", self.rdt, "the first block cache needs the whole model: remove shard_inputs")
         object.__setattr__(self, "inductor", _inductor(self.inductor))
         if self.mode is not None:
             from paracompile.torch_private.compilers import list_mode_options
 
-            _one_of("mode", self.mode, tuple(list_mode_options()))
+            one_of("mode", self.mode, tuple(list_mode_options()))
         if self.compiler != "inductor":
             for key, value in (("mode", self.mode), ("inductor", self.inductor or None)):
                 if value is not None:
@@ -195,36 +159,9 @@ class Options:
             object.__setattr__(self, key, seconds)
 
     @property
-    def caches(self) -> bool:
-        """Whether the first block cache is asked for."""
-        return bool(self.rdt)
-
-    @property
     def kernel(self) -> str:
         """The name of what computes attention."""
         return named(self.attention) if callable(self.attention) else self.attention
-
-    def _check_cache(self) -> None:
-        _one_of("watch", self.watch, get_args(Watch))
-        _check_steps(self.steps)
-        object.__setattr__(self, "coefficients", _coefficients(self.coefficients))
-        if self.first_blocks == 0 and type(self.first_blocks) is int and self.watch == "residual":
-            remedy = 'the residual of the first blocks decides: give at least 1, or "watch": "modulation"'
-            raise OptionError("first_blocks", 0, remedy)
-        for key in _CACHE_POLICY:
-            if getattr(self, key) != _DEFAULTS[key] and not self.caches:
-                raise OptionError(key, getattr(self, key), _FOR_THE_CACHE)
-        for key, least, most in _CACHE_OPTIONS:
-            value = getattr(self, key)
-            if value == _DEFAULTS[key] and type(value) is type(_DEFAULTS[key]):  # 1.0 and True equal 1
-                continue
-            if not self.caches:
-                raise OptionError(key, value, _FOR_THE_CACHE)
-            limits = f"of at least {least}" if most is None else f"from {least} to {most}"
-            if isinstance(value, bool) or not isinstance(value, int) or value < least or value > (most or value):
-                raise OptionError(key, value, f"give a whole number {limits}")
-        if self.caches and not self.shard_inputs:
-            raise OptionError("rdt", self.rdt, "the first block cache needs the whole model: remove shard_inputs")
 
     def fingerprint(self) -> str:
         """Everything that must be equal on all ranks, one ``name = value`` a line, the same text in every process.
@@ -237,8 +174,8 @@ class Options:
             if self.mesh is None
             else (self.mesh.device_type, self.mesh.mesh_dim_names, self.mesh.mesh.tolist()),
             "inputs": self.inputs,
+            **{knob.name: getattr(self, knob.name) for knob in knobs()},
             "rdt": self.rdt or None,
-            **{key: getattr(self, key) for key in (*(key for key, _, _ in _CACHE_OPTIONS), *_CACHE_POLICY)},
             "shard_inputs": self.shard_inputs,
             "drop_masked_keys": self.drop_masked_keys,
             "attention": self.kernel,
@@ -250,72 +187,6 @@ class Options:
             **{f"inductor.{name}": value for name, value in sorted(self.inductor.items())},
         }
         return "".join(f"{name} = {_stable(value)}\n" for name, value in facts.items())
-
-
-def _close(key: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(key, list(known), n=3)
-    return f"; did you mean {' or '.join(repr(match) for match in matches)}" if matches else ""
-
-
-def _one_of(key: str, value: object, choices: tuple[str, ...], otherwise: str = "") -> None:
-    if not isinstance(value, str) or value not in choices:
-        hint = _close(value, choices) if isinstance(value, str) else ""
-        given = ", ".join(repr(choice) for choice in choices)
-        raise OptionError(key, value, f"give one of {given}{otherwise and f' {otherwise}'}{hint}")
-
-
-def number(key: str, value: object, remedy: str) -> float:
-    """The value as a float; an OptionError if it is no number."""
-    # bool is an int to Python; True for a number of seconds or a ratio is a slip.
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise OptionError(key, value, remedy)
-    return float(value)
-
-
-def _rdt(value: object) -> float | Literal["auto"] | None:
-    if value is None or value == "auto":
-        return value
-    remedy = 'give a finite number that is not negative (0 or None: no cache), or "auto"'
-    rdt = number("rdt", value, remedy)
-    if not 0 <= rdt < math.inf:
-        raise OptionError("rdt", value, remedy)
-    return rdt
-
-
-def _check_steps(value: object) -> None:
-    if value is not None and (not isinstance(value, str) or not value or set(value) - set("01?")):
-        raise OptionError("steps", value, 'give a letter for each step: "1" compute, "0" skip, "?" by rdt')
-
-
-def _coefficients(value: object) -> tuple[float, ...] | None:
-    if value is None:
-        return None
-    remedy = "give the polynomial's coefficients, the highest power first, as finite numbers"
-    if not isinstance(value, (list, tuple)) or not value:
-        raise OptionError("coefficients", value, remedy)
-    numbers = tuple(number("coefficients", each, remedy) for each in value)
-    if not all(map(math.isfinite, numbers)):
-        raise OptionError("coefficients", value, remedy)
-    return numbers
-
-
-_FOR_THE_CACHE = 'only the first block cache reads it: give "rdt" as well, or remove it'
-
-# Name, least value, largest value
-_CACHE_OPTIONS: tuple[tuple[str, int, int | None], ...] = (
-    ("warmup_steps", 0, None),
-    ("max_consecutive_hits", 1, None),
-    ("downsample_factor", 1, None),
-    ("taylor_order", 0, 2),
-    ("first_blocks", 0, None),
-    ("last_blocks", 0, None),
-)
-_CACHE_POLICY = ("steps", "watch", "coefficients")
-
-CACHE_OPTIONS = frozenset({"rdt", *(name for name, _, _ in _CACHE_OPTIONS), *_CACHE_POLICY})
-"""Those that only the first block cache reads."""
-
-_DEFAULTS = {spec.name: spec.default for spec in fields(Options)}
 
 
 def _inductor(patches: object) -> dict[str, Any]:
@@ -338,7 +209,7 @@ def _inductor(patches: object) -> dict[str, Any]:
             raise OptionError(
                 f"inductor[{key!r}]",
                 value,
-                f"torch._inductor.config has no such setting{_close(name, known)} "
+                f"torch._inductor.config has no such setting{close(name, known)} "
                 "(torch._inductor.list_options() names all)",
             )
         wanted = settings.get_type(name)

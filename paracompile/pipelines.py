@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from paracompile.cache_options import knobs
 from paracompile.errors import OptionError
 from paracompile.mesh import Ranks
-from paracompile.options import CACHE_OPTIONS, Options
+from paracompile.options import Options
 from paracompile.quantization import Quantization, quantise
 from paracompile.runtime.agreement import Agreement
 from paracompile.text_encoders import encoders_of, place
@@ -86,7 +87,8 @@ def parallelize(
         if quantize is not None:
             quantise(module, quantize)
         module.compile(backend="paracompile", fullgraph=fullgraph, options={"mesh": mesh, **options})
-    uncached = {name: value for name, value in options.items() if name not in CACHE_OPTIONS}
+    of_cache = {knob.name for knob in knobs()}
+    uncached = {name: value for name, value in options.items() if name not in of_cache}
     for module in coders.values():
         module.compile(backend="paracompile", options={"mesh": mesh, **uncached})
     placed = {} if ranks.is_single else place(encoders, ranks, chosen.timeout)

@@ -8,17 +8,17 @@ granted; `check_contracts` holds the list against the contracts before anything 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
+from paracompile.cache_options import CacheOptions
 from paracompile.errors import ParacompileError
 from paracompile.mesh import Ranks
 from paracompile.passes.attention_on_shards import Lengths, attention_on_shards, local_lengths
-from paracompile.passes.cache_decision import CacheRules
 from paracompile.passes.choose_kernels import choose_kernels
 from paracompile.passes.compose_padding import compose_padding
 from paracompile.passes.drop_masked_keys import drop_masked_keys
@@ -38,8 +38,6 @@ from paracompile.passes.unified_attention import unified_attention
 
 __all__ = [
     "CacheLayout",
-    "CachePasses",
-    "CacheRules",
     "Found",
     "Pass",
     "check_contracts",
@@ -47,20 +45,6 @@ __all__ = [
     "pipeline",
     "run_passes",
 ]
-
-
-@dataclass(frozen=True)
-class CachePasses:
-    """What the two passes of the first block cache are told.
-
-    attributes:
-        first_blocks, last_blocks: blocks at either end that are always computed.
-        rules: when the others are skipped.
-    """
-
-    first_blocks: int = 1
-    last_blocks: int = 0
-    rules: CacheRules = field(default_factory=CacheRules)
 
 
 @dataclass(frozen=True)
@@ -94,7 +78,7 @@ def pipeline(
     together: bool = False,
     eight_bits: torch.dtype | None = None,
     kernel: str = "auto",
-    cache: CachePasses | None = None,
+    cache: CacheOptions | None = None,
     regions: bool | None = None,
 ) -> list[Pass]:
     """The passes for a graph that is shared by `ranks`, in order.
@@ -121,7 +105,7 @@ def pipeline(
             mark_blocks,
             first_blocks=cache.first_blocks,
             last_blocks=cache.last_blocks,
-            watch=cache.rules.watch,
+            watch=cache.watch,
             found=found,
         )
         passes.append(Pass(mark, requires=static, provides="marked blocks", conflicts=frozenset({"shards", "a rank"})))
@@ -152,7 +136,7 @@ def pipeline(
     chosen = partial(choose_kernels, kernel=kernel, found=found)
     passes.append(Pass(chosen, requires=aten, provides="kernels"))
     if cache is not None:
-        skip = partial(first_block_cache, rules=cache.rules, ranks=ranks, found=found)
+        skip = partial(first_block_cache, rules=cache, ranks=ranks, found=found)
         passes.append(Pass(skip, requires=frozenset({"marked blocks"}), provides="first block cache"))
     passes += [
         Pass(schedule, requires=aten, provides="overlap"),

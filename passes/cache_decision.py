@@ -13,32 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from paracompile.cache_options import CacheOptions
 from paracompile.mesh import Ranks
 from paracompile.passes.fingerprints import NUMBERS, Habits
 from paracompile.passes.writer import GraphWriter, as_float
 from paracompile.runtime.collectives import all_reduce
 
-__all__ = ["CacheRules", "Clock", "Control", "Decision", "Record", "sign_of", "sum_of_sizes"]
+__all__ = ["Clock", "Control", "Decision", "Record", "sign_of", "sum_of_sizes"]
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class CacheRules:
-    """When blocks are skipped, and what stands for them; see the options of the same names."""
-
-    warmup_steps: int = 0
-    max_consecutive_hits: int | None = None
-    downsample_factor: int = 1
-    taylor_order: int = 0
-    steps: str | None = None
-    watch: str = "residual"
-    coefficients: tuple[float, ...] | None = None
-
-    @property
-    def accumulates(self) -> bool:
-        """Whether changes from step to step add up, rather than the change since the last computed step."""
-        return self.coefficients is not None
 
 
 _LETTERS = {"1": 1.0, "0": -1.0, "?": 0.0}
@@ -50,12 +33,12 @@ class Control:
     THRESHOLD, UNNAMED, KNOWN, PLAN = range(4)
 
     @staticmethod
-    def plan(rules: CacheRules) -> tuple[float, ...]:
+    def plan(rules: CacheOptions) -> tuple[float, ...]:
         """1 to compute, -1 to skip, 0 to decide, for each step; the last is for all that follow."""
         return (*(_LETTERS[letter] for letter in rules.steps or ""), 0.0)
 
     @staticmethod
-    def length(rules: CacheRules) -> int:
+    def length(rules: CacheOptions) -> int:
         return Control.PLAN + len(Control.plan(rules))
 
 
@@ -107,7 +90,7 @@ class Decision:
     def __init__(
         self,
         write: GraphWriter,
-        rules: CacheRules,
+        rules: CacheOptions,
         ranks: Ranks,
         *,
         control: fx.Node,
@@ -293,7 +276,7 @@ def count_of(times: fx.Node) -> int:
     return int(times.meta["val"].numel())
 
 
-def sign_of(write: GraphWriter, watched: Sequence[fx.Node], rules: CacheRules) -> fx.Node:
+def sign_of(write: GraphWriter, watched: Sequence[fx.Node], rules: CacheOptions) -> fx.Node:
     """What is compared from step to step, in the channels that count: of two values their difference."""
     values = list(watched)
     if rules.downsample_factor > 1:

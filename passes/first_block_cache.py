@@ -34,12 +34,12 @@ from math import factorial
 import torch
 from torch import fx
 
+from paracompile.cache_options import CacheOptions
 from paracompile.errors import GraphError
 from paracompile.layout.graph import is_tensor, readers_of
 from paracompile.layout.sizes import sizes_of, symbols_in
 from paracompile.mesh import Ranks
 from paracompile.passes.cache_decision import (
-    CacheRules,
     Clock,
     Control,
     Decision,
@@ -66,7 +66,7 @@ REUSE, COMPUTE = "reuse", "compute"
 
 
 def first_block_cache(
-    gm: fx.GraphModule, example_inputs: Sequence[object], *, rules: CacheRules, ranks: Ranks, found: Found
+    gm: fx.GraphModule, example_inputs: Sequence[object], *, rules: CacheOptions, ranks: Ranks, found: Found
 ) -> fx.GraphModule:
     """Writes the conditional; a graph in which nothing was marked stays as it is.
 
@@ -90,7 +90,7 @@ class _Kept:
 
 
 class _Writer:
-    def __init__(self, gm: fx.GraphModule, skipped: Skipped, rules: CacheRules, ranks: Ranks) -> None:
+    def __init__(self, gm: fx.GraphModule, skipped: Skipped, rules: CacheOptions, ranks: Ranks) -> None:
         self.gm = gm
         self.graph = gm.graph
         self.skipped = skipped

@@ -22,7 +22,8 @@ from lockstep import run_lockstep
 from random_tensors import draw
 from torch import Tensor, fx
 
-from paracompile.passes import CacheLayout, CachePasses, CacheRules
+from paracompile.cache_options import CacheOptions
+from paracompile.passes import CacheLayout
 from paracompile.passes.cache_decision import Control, Record
 
 ALWAYS, NEVER = 1e9, 0.0
@@ -112,14 +113,11 @@ class Generation:
         return self.steps[-1]
 
 
-def cached(
-    of: Captured, mesh: dict[str, int] | None = None, *, first_blocks: int = 1, last_blocks: int = 0, **rules: Any
-) -> CachedGraphs:
-    """The graphs of the ranks of a mesh, given as sizes by axis (one rank if left out); `rules` are `CacheRules`."""
+def cached(of: Captured, mesh: dict[str, int] | None = None, **options: Any) -> CachedGraphs:
+    """The graphs of the ranks of a mesh, given as sizes by axis (one rank if left out), with these `CacheOptions`."""
     mesh = mesh or {"ulysses": 1}
-    chosen = CacheRules(**rules)
-    cache_passes = CachePasses(first_blocks, last_blocks, chosen)
-    made = of_all_ranks(of.gm, of.example_inputs, mesh, cache=cache_passes)
+    chosen = CacheOptions(rdt=1.0, **options)
+    made = of_all_ranks(of.gm, of.example_inputs, mesh, cache=chosen)
     layouts = [found.cache for found in made.found if found.cache is not None]
     return CachedGraphs(of, made.graphs, layouts, mesh, Control.plan(chosen))
 

@@ -290,14 +290,15 @@ def _needs(node: fx.Node, source: fx.Node, order: Mapping[fx.Node, int]) -> bool
 
 def graphs(name: str) -> dict[str, dict[str, Any]]:
     """What is seen in a model's graph on each mesh, with and without a first block cache."""
+    from paracompile.cache_options import CacheOptions
     from paracompile.mesh import Ranks
-    from paracompile.passes import CachePasses, CacheRules, pipeline, run_passes
+    from paracompile.passes import pipeline, run_passes
 
     gm, example_inputs = captured(name)
     result = {}
     for mesh, sizes in MESHES.items():
         for rdt in (False, True):
-            cache = CachePasses(1, 0, CacheRules()) if rdt else None
+            cache = CacheOptions(rdt=1.0) if rdt else None
             ranks = Ranks.simulated(**sizes, rank=prod(sizes.values()) - 1)
             before: list[fx.GraphModule] = []
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,11 @@ import torch
 from denoising import build, compiled, prompts, steps_of
 from torch._dynamo.exc import BackendCompilerFailed
 
+from paracompile.cache_options import Knob, knobs
 from paracompile.errors import OptionError
 from paracompile.options import Options
 
+README = Path(__file__).parents[1] / "README.md"
 RDT = {"rdt": 0.1}
 
 # Key, values that are taken beside the default, values that are not, and how they are told
@@ -45,6 +49,13 @@ def test_what_stands_for_a_policy(key: str, taken: Any, refused: list[Any], told
         with pytest.raises(OptionError, match=told) as caught:
             Options.parse({**RDT, key: wrong})
         assert caught.value.key == key
+
+
+@pytest.mark.parametrize("knob", knobs(), ids=lambda knob: knob.name)
+def test_the_readme_says_what_each_means(knob: Knob) -> None:
+    default = json.dumps(knob.default) if isinstance(knob.default, str) else str(knob.default)
+    row = f"| `{knob.name}` | `{default}`{knob.absent and f' ({knob.absent})'} | {knob.meaning} |"
+    assert row in README.read_text().splitlines()
 
 
 by_key = pytest.mark.parametrize("key, taken, refused, limits", LIMITS, ids=KEYS)

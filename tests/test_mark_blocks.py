@@ -20,9 +20,10 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from paracompile.cache_options import CacheOptions
 from paracompile.errors import GraphError, OptionError, module_paths
 from paracompile.mesh import Ranks
-from paracompile.passes import CachePasses, Found, pipeline, run_passes
+from paracompile.passes import Found, pipeline, run_passes
 from paracompile.passes.mark_blocks import Skipped, mark_blocks, part_of, roles_of
 
 ROUNDING = 1e-5
@@ -403,7 +404,7 @@ def test_flex_attention(how: str) -> None:
 
 def test_marking_comes_before_the_cut_and_skipping_after_it() -> None:
     ranks = Ranks.simulated(batch=2, ulysses=2)
-    names = [step.name for step in pipeline(ranks, cache=CachePasses())]
+    names = [step.name for step in pipeline(ranks, cache=CacheOptions(rdt=1.0))]
     assert names == [
         *("normalise", "fuse_attention", "static_lengths", "mark_blocks"),
         *("compose_padding", "plan_layouts", "split_and_gather", "unified_attention", "lower"),

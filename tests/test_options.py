@@ -93,11 +93,11 @@ def test_taken(given: dict[str, Any]) -> None:
         ({"verify": 1}, "verify", ["True or False"]),
         ({"shard_inputs": False, "verify": True}, "verify", ["no rank has the whole inputs"]),
         ({"shard_inputs": False, "inputs": "check"}, "inputs", ["shards differ"]),
-        ({"input": "check"}, "input", ["no such option", "'inputs'", "mesh, inputs, rdt, "]),
+        ({"input": "check"}, "input", ["no such option", "'inputs'", "mesh, inputs, shard_inputs, "]),
         (
             {"zzz": 1},
             "zzz",
-            ["Options: mesh, inputs, rdt, ", "drop_masked_keys, attention, "],
+            ["Options: rdt, warmup_steps, ", "drop_masked_keys, attention, "],
         ),
         ("mesh", "options", ["dict"]),
     ],

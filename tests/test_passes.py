@@ -15,9 +15,10 @@ from random_tensors import randomise
 from small_models import WIDTH, Mesh, SelfAttention, capture, image_tokens, mesh_name, mesh_sizes
 from torch import fx
 
+from paracompile.cache_options import CacheOptions
 from paracompile.errors import ParacompileError
 from paracompile.mesh import Ranks
-from paracompile.passes import CachePasses, Found, Pass, check_contracts, pipeline, run_passes
+from paracompile.passes import Found, Pass, check_contracts, pipeline, run_passes
 
 
 def first(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -94,7 +95,7 @@ def test_the_order_for_each_kind_of_mesh(mesh: Mesh, cuts: list[str]) -> None:
 @pytest.mark.parametrize("mesh, cuts", MESHES, ids=[mesh_name(mesh) for mesh, _ in MESHES])
 def test_the_order_with_a_first_block_cache(mesh: Mesh, cuts: list[str]) -> None:
     """Blocks are marked in the graph of the whole model, and skipped in that of the rank, before it is scheduled."""
-    passes = pipeline(Ranks.simulated(**mesh_sizes(mesh)), cache=CachePasses())
+    passes = pipeline(Ranks.simulated(**mesh_sizes(mesh)), cache=CacheOptions(rdt=1.0))
     before, after = AROUND
     check_contracts(passes)
     assert names(passes) == [*before, "mark_blocks", *cuts, *after[:2], "first_block_cache", *after[2:]]
@@ -110,7 +111,7 @@ def test_the_order_with_a_first_block_cache(mesh: Mesh, cuts: list[str]) -> None
     ],
 )
 def test_the_passes_of_the_cache_in_any_other_order_are_refused(order: Sequence[int], words: list[str]) -> None:
-    passes = pipeline(Ranks.simulated(batch=2, ulysses=2), cache=CachePasses())
+    passes = pipeline(Ranks.simulated(batch=2, ulysses=2), cache=CacheOptions(rdt=1.0))
     with pytest.raises(ParacompileError) as caught:
         check_contracts([passes[place] for place in order])
     for word in words:
@@ -214,7 +215,7 @@ def test_the_example_that_dumps_the_passes(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "examples" / "dump_passes.py"
     subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
     files = sorted((tmp_path / "graph_0_0" / "rank_0").iterdir())
-    passes = pipeline(Ranks.simulated(ulysses=2), cache=CachePasses(), regions=True)
+    passes = pipeline(Ranks.simulated(ulysses=2), cache=CacheOptions(rdt=1.0), regions=True)
     assert [file.stem[3:] for file in files] == ["captured", *names(passes)]
     text = {file.stem[3:]: file.read_text() for file in files}
     assert text["unified_attention"].count("paracompile.unified_attention.default(") == 3

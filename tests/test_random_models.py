@@ -30,9 +30,9 @@ from small_models import assert_sharded, close
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
+from paracompile.cache_options import CacheOptions
 from paracompile.errors import ParacompileError
-from paracompile.passes import CachePasses
-from paracompile.passes.cache_decision import CacheRules, Control, Record
+from paracompile.passes.cache_decision import Control, Record
 
 CASES = int(os.environ.get("PARACOMPILE_RANDOM_CASES", "0"))
 TOLERANCE = 1e-9
@@ -131,7 +131,7 @@ class Ranks:
 
     def step(self, arguments: Sequence[Any]) -> list[Any]:
         """The outputs of one step, by rank."""
-        control = torch.tensor([ALWAYS, 0.0, 0.0, *Control.plan(CacheRules())])
+        control = torch.tensor([ALWAYS, 0.0, 0.0, *Control.plan(CacheOptions())])
         found = run_lockstep(
             self.of.graphs,
             [
@@ -150,7 +150,7 @@ def _skips_like_one_rank(model: nn.Module, inputs: Sequence[Any], recipe: Recipe
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         sides[:] = [
-            Ranks(of_all_ranks(gm, example_inputs, mesh, cache=CachePasses()), mesh)
+            Ranks(of_all_ranks(gm, example_inputs, mesh, cache=CacheOptions(rdt=1.0)), mesh)
             for mesh in ({"ulysses": 1}, dict(recipe.mesh))
         ]
         one, many = sides

@@ -30,9 +30,9 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.utils import fresh_cache
 
 from paracompile import backend
+from paracompile.cache_options import CacheOptions
 from paracompile.compiler import _boxed, compile_whole
 from paracompile.options import Options
-from paracompile.passes import CachePasses
 from paracompile.passes.first_block_cache import COND
 from paracompile.passes.regions import cut_into_regions, examples_of, regions_of
 from paracompile.patterns.exchanges import is_collective, is_wait
@@ -44,7 +44,7 @@ aten = torch.ops.aten
 
 def graphs(of: Captured, mesh: dict[str, int], *, cut: bool | None, cache: bool = False) -> list[fx.GraphModule]:
     """The graph of each rank, cut along blocks (True), at conditionals (False), or not (None)."""
-    cache_passes = CachePasses() if cache else None
+    cache_passes = CacheOptions(rdt=1.0) if cache else None
     return of_all_ranks(of.gm, of.example_inputs, mesh, cache=cache_passes, regions=cut).graphs
 
 

@@ -28,8 +28,9 @@ from small_models import (
 )
 from torch import Tensor, fx, nn
 
+from paracompile.cache_options import CacheOptions
 from paracompile.mesh import Ranks
-from paracompile.passes import CachePasses, Found, pipeline, run_passes
+from paracompile.passes import Found, pipeline, run_passes
 from paracompile.report.report import Report, report_of
 
 CHANNELS = 10
@@ -259,7 +260,7 @@ def test_exchanges_of_a_step_in_which_all_blocks_are_computed() -> None:
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         found = Found()
         ranks = Ranks.simulated(ulysses=2)
-        local = run_passes(gm, example_inputs, pipeline(ranks, found=found, cache=CachePasses()))
+        local = run_passes(gm, example_inputs, pipeline(ranks, found=found, cache=CacheOptions(rdt=1.0)))
         reports.append(report_of(found, ranks, local, caches=True))
         return gm.forward
 

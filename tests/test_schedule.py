@@ -30,8 +30,9 @@ from small_models import (
 )
 from torch import Tensor, fx, nn
 
+from paracompile.cache_options import CacheOptions
 from paracompile.mesh import Ranks
-from paracompile.passes import CachePasses, pipeline, run_passes
+from paracompile.passes import pipeline, run_passes
 from paracompile.passes.first_block_cache import COMPUTE, COND, REUSE
 from paracompile.passes.schedule import schedule
 from paracompile.patterns.exchanges import is_collective, is_wait
@@ -301,7 +302,7 @@ def test_the_branches_of_a_conditional_are_ordered_too() -> None:
     found: list[str] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        passes = pipeline(Ranks.simulated(ulysses=2), cache=CachePasses())
+        passes = pipeline(Ranks.simulated(ulysses=2), cache=CacheOptions(rdt=1.0))
         stop = [step.name for step in passes].index("schedule")
         local = run_passes(gm, example_inputs, passes[:stop])
         assert exchanges(getattr(local, REUSE)) == ""

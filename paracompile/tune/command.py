@@ -72,7 +72,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
 
     knobs = parser.add_argument_group("what is swept", "Values with commas between them; all combinations are run.")
-    for name, meaning in KNOBS.items():
+    for name, knob in KNOBS.items():
+        meaning = knob.meaning.replace("`", "") + (f" (none: {knob.absent})" if knob.whole and knob.absent else "")
         knobs.add_argument(f"--{FLAGS[name]}", type=_list_of(_knob(name)), dest=name, metavar="VALUES", help=meaning)
     knobs.add_argument(
         "--setting",

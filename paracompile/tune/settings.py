@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from paracompile.cache_options import Knob, knobs
 from paracompile.errors import OptionError, ParacompileError
 from paracompile.options import Options
 from paracompile.step_plans import steps_by_magnitude
@@ -29,26 +30,13 @@ __all__ = [
 
 Value = float | int | str | tuple[float, ...] | None
 
-KNOBS: dict[str, str] = {
-    "rdt": "thresholds: skip blocks where the first block's residual changed less; changed without a compile",
-    "warmup_steps": "first steps of each picture that are computed",
-    "max_consecutive_hits": "skipped steps in a row at most (none: no limit)",
-    "downsample_factor": "compare only every n-th channel of the residual",
-    "taylor_order": "what stands for skipped blocks: 0 the last residual; 1, 2 its extrapolation",
-    "steps": "a letter for each step: 1 computes, 0 skips, ? decides by the threshold",
-    "watch": "what tells how much changed: residual or modulation",
-    "coefficients": "of the polynomial through which changes add up, with colons between them (1:0: as they are)",
-    "first_blocks": "blocks at the front that are always computed, and decide (0: with --watch modulation)",
-    "last_blocks": "blocks at the end that are always computed",
-}
-"""The options of the cache by name, and what they are for the help; all but the first are fixed in the graph."""
+KNOBS: dict[str, Knob] = {knob.name: knob for knob in knobs()}
+"""The options of the cache by name; all but the first are fixed in the graph."""
 
 FLAGS: dict[str, str] = {name: name.replace("_", "-") for name in KNOBS} | {"steps": "step-plan"}
 """What each is called on the command line, where --steps is the pipeline's."""
 
 _NOT_ASKED, _RETAINED = 1e-6, 0.2
-
-_DEFAULTS = {name: getattr(Options(), name) for name in KNOBS}
 
 
 @dataclass(frozen=True)
@@ -104,7 +92,7 @@ def setting_of(values: Mapping[str, Value]) -> Setting:
     if not isinstance(rdt, (int, float)) or not 0 < rdt < math.inf:
         raise OptionError("rdt", rdt, "give finite thresholds above 0 (the run without a cache is made in any case)")
     Options.parse(values)
-    knobs = tuple((name, values[name]) for name in KNOBS if name in values and values[name] != _DEFAULTS[name])
+    knobs = tuple((name, values[name]) for name in KNOBS if name in values and values[name] != KNOBS[name].default)
     return Setting(", ".join(f"{FLAGS[name]} {knob_text(value)}" for name, value in knobs), knobs)
 
 
@@ -155,14 +143,15 @@ def knob_value(name: str, text: str) -> Value:
     raises:
         ParacompileError: not a number, or not numbers.
     """
-    if name == "max_consecutive_hits" and text.lower() == "none":
+    knob = KNOBS[name]
+    if knob.whole and knob.absent and text.lower() == "none":
         return None
     if name in ("steps", "watch"):
         return text
     try:
         if name == "coefficients":
             return tuple(float(part) for part in text.split(":"))
-        return float(text) if name == "rdt" else int(text)
+        return int(text) if knob.whole else float(text)
     except ValueError:
         kind = {"rdt": "a number", "coefficients": "numbers with colons between them"}.get(name, "a whole number")
         raise ParacompileError(f"{text!r} is not {kind}") from None
