@@ -6,25 +6,31 @@ import gc
 import logging
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch._C._dynamo.guards import GlobalStateGuard
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "xdist_group(name): tests that one worker runs")
+def pytest_configure() -> None:
     torch.set_num_threads(1)  # two threads of one core are slower than one
     gc.set_threshold(100_000, 20, 20)  # graphs are many objects, which each collection looks at
     # pytest gives every logger that does not propagate a handler, for which this one would write down each compile
     logging.getLogger("torch.__trace").propagate = True
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A file stays with one worker, for what was captured and compiled; all that uses a pool of ranks, for the pool."""
-    for item in items:
-        uses_ranks = item.path.parent.name == "distributed"
-        item.add_marker(pytest.mark.xdist_group("ranks" if uses_ranks else item.path.name))
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "ranks" if "/distributed/" in file else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True, scope="module")
