@@ -123,7 +123,7 @@ def pipeline(
                 provides="shards",
                 conflicts=frozenset({"shards"}),
             ),
-            Pass(partial(unified_attention, found=found), requires=frozenset({"shards"}), provides="unified attention"),
+            Pass(unified_attention, requires=frozenset({"shards"}), provides="unified attention"),
             Pass(
                 partial(lower, **how),
                 requires=frozenset({"shards", "unified attention"}),

@@ -28,16 +28,15 @@ aten = torch.ops.aten
 
 def fuse_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, found: Found) -> fx.GraphModule:
     """Fuses every attention that is written out, in place; a graph without one is left as it is."""
-    written_out = list(find_written_out(gm.graph))
-    found.fused = len(written_out)
-    if not written_out:
-        return gm
-    for attention in written_out:
+    for attention in find_written_out(gm.graph):  # one at a time: a later one may read what an earlier one made
         node = attention.result.node
         write = GraphWriter(node.meta["val"].fake_mode, gm.graph)
         write.origin = node
         with gm.graph.inserting_before(node):
             node.replace_all_uses_with(_fused(write, attention))
+        found.fused += 1
+    if not found.fused:
+        return gm
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()

@@ -26,7 +26,7 @@ def localised(
     assert op is not None
     assert rule is not None
     places = {value: sharding.place for value, sharding in zip(operation.results, results, strict=True)}
-    cut = cut_of(operation, places, None)
+    cut = cut_of(operation, places)
     assert cut is not None
     segments = _segments(cut, [*operands, *results])
 

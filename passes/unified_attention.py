@@ -13,15 +13,14 @@ from typing import Any
 
 from torch import fx
 
-from paracompile.passes.found import Found
+from paracompile.passes.split_and_gather import neighbours_of
 from paracompile.runtime.placement import UNIFIED_ATTENTION
 
 
-def unified_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, found: Found) -> fx.GraphModule:
+def unified_attention(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """Replaces every attention that exchanges tokens, in place; attention along its queries alone stays as it is."""
-    for plan in found.plans.values():
-        for operation in plan.attentions:
-            if plan.exchanged(operation):
-                operation.node.target = UNIFIED_ATTENTION
+    for node in gm.graph.nodes:
+        if any(factor.exchanges for factor in neighbours_of(node).values()):
+            node.target = UNIFIED_ATTENTION
     gm.recompile()
     return gm

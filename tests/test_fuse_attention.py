@@ -229,6 +229,17 @@ def test_a_mask_that_only_hides_keys_is_boolean() -> None:
     assert hides_keys_only(attention)
 
 
+def test_one_may_read_what_another_made() -> None:
+    """Nothing of the first one's scores is left."""
+
+    def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scores(scores(q, k).softmax(-1) @ v, k).softmax(-1) @ v
+
+    graph, count = fused(twice, *OPERANDS)
+    assert count == 2
+    assert not graph.graph.find_nodes(op="call_function", target=torch.ops.aten.softmax.int)
+
+
 def test_rows_and_heads_in_one_dimension_are_heads() -> None:
     """Kernels want four dimensions."""
     graph, _ = fused(by_rows, *OPERANDS)

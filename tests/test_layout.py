@@ -327,7 +327,7 @@ def reorderings(operations: Iterable[Operation]) -> list[list[Operation]]:
 def test_segments_are_the_same_found_from_either_end(apart: tuple[int, ...] | None) -> None:
     plan = plan_of(randomise(Joined(apart=apart)), text_of(), image_tokens(WIDTH))
     for operations in reorderings(plan.cuts):
-        assert find_segments(operations, plan.cuts, plan.attentions, plan.places, 2) == plan.segments
+        assert find_segments(operations, plan.cuts, plan.places, 2) == plan.segments
 
 
 def test_a_slice_in_the_middle_cuts_the_whole_sequence_at_its_edges() -> None:

@@ -18,7 +18,7 @@ import networkx as nx
 
 from paracompile.layout.factors import Place
 from paracompile.layout.graph import Operation, Value, bytes_of
-from paracompile.layout.places import Attention, Cut, accepts, exchanges, made_in_parts
+from paracompile.layout.places import Attention, Cut, accepts, made_in_parts
 
 # A main attention (or convolution, where images are cut) is one with at least this share of the heaviest one's work. It
 # is cut whatever the exchange costs: sharding it is what was asked for.
@@ -115,7 +115,6 @@ def choose(
             network.add_edge(number, whole)
             continue
         network.add_edge(cut, number, capacity=_picoseconds(saved * works[number]))
-        attention = attentions.get(operation)
         if cuts[operation].factor.sums:
             seconds = machine.transfer(saved * bytes_summed(operation), model)
             network.add_edge(number, whole, capacity=_picoseconds(seconds))
@@ -124,8 +123,9 @@ def choose(
         elif exchanged is not None and operation in exchanged:
             seconds = machine.transfer(exchanged[operation], model)
             network.add_edge(number, whole, capacity=_picoseconds(seconds))
-        elif attention is not None and exchanges(attention, places):
-            moved = [*operation.operands[:3], *operation.results]
+        elif cuts[operation].factor.exchanges:
+            places_of = zip(operation.operands, cuts[operation].operands, strict=True)
+            moved = [*(value for value, place in places_of if place is not None), *operation.results]
             seconds = sum(machine.transfer(bytes_of(value) / ranks, model) for value in moved)
             network.add_edge(number, whole, capacity=_picoseconds(seconds))
 
@@ -147,7 +147,7 @@ def choose(
 
     for number, operation in enumerate(operations):
         for slot, value in enumerate(operation.operands):
-            matches = operation in cuts and accepts(cuts[operation], slot, operation, attentions.get(operation), places)
+            matches = operation in cuts and accepts(cuts[operation], slot, operation, places)
             read(value, number if matches else whole)
     for value in outputs:
         read(value, whole)

@@ -52,6 +52,8 @@ class Factor:
             dimensions, and of different lengths where the operator pads or scales.
         reduces: all positions share moments (mean and variance), which the ranks put together.
         sums: the result lacks this range, over which it is the sum or the mean; ranks add up those of their parts.
+        exchanges: for each operand the range of its own along which it is cut as well, though each position needs all
+            of it, so that ranks exchange it (attention's keys and values); none where there is no such operand.
     """
 
     size: int
@@ -60,11 +62,12 @@ class Factor:
     halo: Halo | None = None
     reduces: bool = False
     sums: bool = False
+    exchanges: tuple[Span | None, ...] = ()
 
     @property
     def is_independent(self) -> bool:
         """Whether a rank needs nothing of the others."""
-        return self.halo is None and not self.reduces and not self.sums
+        return self.halo is None and not self.reduces and not self.sums and not self.exchanges
 
 
 @dataclass(frozen=True)

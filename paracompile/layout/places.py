@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from paracompile.layout.factors import Factor, Place, Span, project, whole, within
+from paracompile.layout.factors import Factor, Place, Span, project, within
 from paracompile.layout.graph import Operation, Value, shape_of
 from paracompile.layout.halos import Halo
 
@@ -140,7 +140,7 @@ def _factors(operation: Operation, seed: Seed) -> Sequence[Factor]:
     """The factors of an operation along which something may be cut that started at this seed."""
     if not isinstance(seed, Spatial):
         return [factor for factor in operation.factors if factor.is_independent]
-    factors = [factor for factor in operation.factors if not factor.sums]
+    factors = [factor for factor in operation.factors if not factor.sums and not factor.exchanges]
     return [factor for factor in factors if factor.halo is not None or not _has_windows(factor)]
 
 
@@ -217,20 +217,19 @@ def sum_of(operation: Operation, places: Mapping[Value, Place]) -> Cut | None:
     return None
 
 
-def cut_of(
-    operation: Operation, places: Mapping[Value, Place], attention: Attention | None, seed: Seed = "tokens"
-) -> Cut | None:
+def cut_of(operation: Operation, places: Mapping[Value, Place], seed: Seed = "tokens") -> Cut | None:
     """How the operation is cut if its results are to have their places; None where no factor allows it.
 
-    An attention that exchanges tokens is cut along its queries whatever its rule says: a rank is given all that its
-    heads need, also where an ordinary cut would be wrong (a causal mask). Rows of a batch that are tokens of another
-    attention (a video's frames, between space and time) are not exchanged: that attention is whole.
+    Where operands are exchanged (an attention's keys) no other factor will do, as they would be gathered, or the cut
+    would be wrong (a causal mask). Rows of a batch that are tokens of another attention (a video's frames, between
+    space and time) are not exchanged: that attention is whole. Of images queries are cut, and their keys are gathered.
     """
     if not operation.results or any(result not in places for result in operation.results):
         return None
     factors = _factors(operation, seed)
-    if attention is not None and exchanges(attention, places):
-        factors = [_query_factor(attention)] if seed != "batch" else []
+    exchanged = [factor for factor in operation.factors if _are_exchanged(factor, operation, places)]
+    if exchanged and not isinstance(seed, Spatial):
+        factors = exchanged if seed == "tokens" else []
     for factor in factors:
         if factor.halo is not None:
             result = places[operation.results[0]]
@@ -247,47 +246,39 @@ def cut_of(
             continue
         operands = tuple(_operand_place(token, span, factor.size) for span in factor.operands)
         if all((place is None) == (span is None) for place, span in zip(operands, factor.operands, strict=True)):
+            for slot, span in enumerate(factor.exchanges):
+                if span is not None:
+                    operands = (*operands[:slot], _all_of(span), *operands[slot + 1 :])
             return Cut(factor, token, operands, tuple(place for place in results if place is not None))
     return None
-
-
-def _query_factor(attention: Attention) -> Factor:
-    operation = attention.operation
-    query = whole(shape_of(operation.operands[attention.query]), -2)
-    result = whole(shape_of(operation.results[0]), -2)
-    operands = tuple(query if slot == attention.query else None for slot in range(len(operation.operands)))
-    return Factor(query.length, operands, (result,))
 
 
 def _operand_place(token: Place, span: Span | None, size: int) -> Place | None:
     return None if span is None else project(token, span, size)
 
 
-def exchanges(attention: Attention, places: Mapping[Value, Place]) -> bool:
-    """Whether the keys are tokens too, so that a rank's queries need other ranks' keys."""
-    operands = attention.operation.operands
-    keys = (operands[attention.key], operands[attention.value])
-    return _at_tokens(operands[attention.query], places) and any(_at_tokens(key, places) for key in keys)
+def _are_exchanged(factor: Factor, operation: Operation, places: Mapping[Value, Place]) -> bool:
+    """Whether operands are cut along ranges of their own, as the operand with the factor itself is along that."""
+
+    def along(spans: Sequence[Span | None]) -> list[bool]:
+        cut = zip(operation.operands, spans, strict=True)
+        return [places.get(value) == _all_of(span) for value, span in cut if span is not None]
+
+    return any(factor.exchanges) and all(along(factor.operands)) and any(along(factor.exchanges))
 
 
-def _at_tokens(value: Value, places: Mapping[Value, Place]) -> bool:
-    shape = shape_of(value)
-    return len(shape) >= 3 and places.get(value) == Place(len(shape) - 2, shape[-2])
+def _all_of(span: Span) -> Place:
+    return Place(span.dim, span.length)
 
 
-def accepts(
-    cut: Cut, slot: int, operation: Operation, attention: Attention | None, places: Mapping[Value, Place]
-) -> bool:
+def accepts(cut: Cut, slot: int, operation: Operation, places: Mapping[Value, Place]) -> bool:
     """Whether the operation, when cut, can take this operand as it is cut where it is made.
 
-    An attention that exchanges takes cut keys and values, and its mask whole (it is put in the order in which keys
-    arrive). What takes a window takes it from whoever holds it. Every other operation takes just what its factor says.
+    What takes a window takes it from whoever holds it. Every other operation takes just what its factor says.
     """
     value = operation.operands[slot]
     if slot in cut.gathered:
         return False
     if cut.factor.halo is not None and slot == 0 and (place := places.get(value)) is not None:
         return _lies_along(cut.factor.halo, cut.factor.halo.size, place) and place.length == cut.results[0].length
-    if attention is not None and exchanges(attention, places) and slot != attention.query:
-        return slot != attention.mask and _at_tokens(value, places)
     return places.get(value) == cut.operands[slot]

@@ -11,7 +11,7 @@ from torch import fx
 from paracompile.layout.boundaries import Machine, bytes_exchanged, choose
 from paracompile.layout.factors import Place, Rule, Shape
 from paracompile.layout.graph import Operation, Value, is_tensor, operations, value_of
-from paracompile.layout.places import Attention, Cut, Seed, Spatial, accepts, cut_of, exchanges, propagate, sum_of
+from paracompile.layout.places import Attention, Cut, Seed, Spatial, accepts, cut_of, propagate, sum_of
 from paracompile.layout.segments import Segments, find_segments
 from paracompile.layout.shares import Lengths, Shares
 from paracompile.layout.sizes import at_least, hint
@@ -119,17 +119,12 @@ class Plan:
         if lengths is None:
             return None
         place = self.cuts[operation].operands[slot]
-        if place is None:  # an exchanged key or value: cut along its own tokens
-            *_, tokens, _ = shape = operation.op.operands[slot] if operation.op else ()
-            place = Place(len(shape) - 2, tokens)
+        assert place is not None
         return Sharding(place, lengths, self.shares)
 
-    def exchanged(self, operation: Operation) -> Attention | None:
-        """The attention whose tokens the ranks exchange in this operation, if it is one."""
-        attention = self.attentions.get(operation)
-        if attention is None or operation not in self.cuts or not exchanges(attention, self.places):
-            return None
-        return attention
+    def exchanged(self, operation: Operation) -> bool:
+        """Whether ranks exchange operands of this operation (an attention's keys and values)."""
+        return operation in self.cuts and bool(self.cuts[operation].factor.exchanges)
 
     def unmatched(self) -> list[tuple[Operation, Value]]:
         """Operations that need a cut value whole, and so make it be gathered."""
@@ -142,10 +137,7 @@ class Plan:
 
     def takes_cut(self, operation: Operation, slot: int) -> bool:
         """Whether the operation takes this operand just as it is cut where it is made."""
-        if operation not in self.cuts:
-            return False
-        attention = self.attentions.get(operation)
-        return accepts(self.cuts[operation], slot, operation, attention, self.places)
+        return operation in self.cuts and accepts(self.cuts[operation], slot, operation, self.places)
 
     def leaves(self, values: Sequence[Value], places: Mapping[Value, Place]) -> bool:
         """Whether values may be cut at other places as well."""
@@ -183,7 +175,7 @@ def make_plan(
     possible = {
         operation: cut
         for operation in all_operations
-        if (cut := cut_of(operation, places, attentions.get(operation), seed)) is not None
+        if (cut := cut_of(operation, places, seed)) is not None
         and (beside is None or beside.leaves(operation.results, places))
     }
     if seed != "batch":
@@ -198,7 +190,7 @@ def make_plan(
         sent = bytes_exchanged(possible) if isinstance(seed, Spatial) else None
         chosen = choose(all_operations, outputs, possible, attentions, places, flops, ranks, machine, sent)
         cuts = {operation: cut for operation, cut in possible.items() if operation in chosen}
-        segments = find_segments(cuts, cuts, attentions, places, ranks)
+        segments = find_segments(cuts, cuts, places, ranks)
         if not segments.misaligned:
             break
         misaligned.update(dict.fromkeys(segments.misaligned))

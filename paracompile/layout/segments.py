@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from paracompile.layout.factors import Factor, Place, Span
-from paracompile.layout.graph import Operation, Value, bytes_of, shape_of
-from paracompile.layout.places import Attention, Cut, accepts, exchanges, made_in_parts
+from paracompile.layout.graph import Operation, Value, bytes_of
+from paracompile.layout.places import Cut, accepts, made_in_parts
 from paracompile.layout.shares import Lengths, Shares
 from paracompile.layout.sizes import hint, same
 
@@ -69,7 +69,6 @@ class Segments:
 def find_segments(
     chosen: Iterable[Operation],
     cuts: Mapping[Operation, Cut],
-    attentions: Mapping[Operation, Attention],
     places: Mapping[Value, Place],
     ranks: int,
 ) -> Segments:
@@ -79,21 +78,18 @@ def find_segments(
     refinement = _Refinement(ranks)
     misaligned: dict[Operation, Cut | None] = {}
     for operation in chosen:
-        attention = attentions.get(operation)
-        candidates = _looser(operation, cuts[operation], attention, places)
-        taken = (cut for cut in candidates if refinement.take(_groups(operation, cut, attention, places, made)))
+        candidates = _looser(operation, cuts[operation], places)
+        taken = (cut for cut in candidates if refinement.take(_groups(operation, cut, places, made)))
         cut = next(taken, None)
         if cut != cuts[operation]:
             misaligned[operation] = cut
     return Segments(refinement.values(), refinement.operands(), misaligned)
 
 
-def _looser(
-    operation: Operation, cut: Cut, attention: Attention | None, places: Mapping[Value, Place]
-) -> Iterable[Cut]:
+def _looser(operation: Operation, cut: Cut, places: Mapping[Value, Place]) -> Iterable[Cut]:
     """`cut`, then with one operand gathered before it, the cheapest and latest first, and at last with all of them."""
     yield cut
-    tied = [slot for slot in range(len(operation.operands)) if accepts(cut, slot, operation, attention, places)]
+    tied = [slot for slot in range(len(operation.operands)) if accepts(cut, slot, operation, places)]
     order = {slot: (bytes_of(operation.operands[slot]), -slot) for slot in tied}
     for slot in sorted(tied, key=order.__getitem__):
         yield replace(cut, gathered=cut.gathered | {slot})
@@ -198,24 +194,23 @@ def _lengths(edges: Iterable[int]) -> Lengths:
 def _groups(
     operation: Operation,
     cut: Cut,
-    attention: Attention | None,
     places: Mapping[Value, Place],
     made: set[Value],
 ) -> list[_Group]:
-    """The slots that must be cut alike: those along the operation's factor, and exchanged keys and values."""
+    """The slots that must be cut alike: those along the operation's factor, and those that are exchanged."""
 
     def value_in(slot: int) -> Value | None:
         count = len(operation.operands)
         if slot >= count:
             return operation.results[slot - count]
         value = operation.operands[slot]
-        return value if value in made and accepts(cut, slot, operation, attention, places) else None
+        return value if value in made and accepts(cut, slot, operation, places) else None
 
     slots = enumerate(cut.factor.operands + cut.factor.results)
     windows = [[_window(slot, span, cut.factor, cut.token) for slot, span in slots if span is not None]]
-    if attention is not None and exchanges(attention, places):
-        keys = (attention.key, attention.value)
-        windows.append([Window(slot, 0, shape_of(operation.operands[slot])[-2]) for slot in keys])
+    exchanged = [(slot, span) for slot, span in enumerate(cut.factor.exchanges) if span is not None]
+    if exchanged:
+        windows.append([Window(slot, 0, span.length) for slot, span in exchanged])
     return [_Group(operation, tuple((window, value_in(window.slot)) for window in alike)) for alike in windows]
 
 

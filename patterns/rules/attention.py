@@ -1,7 +1,8 @@
 """Scaled dot product attention: `...le, ...se, ...sf, ...ls -> ...lf`.
 
-Batch, heads, the queries' length and the values' size are independent; the keys' length is summed. With `is_causal` a
-query's position matters, so the length is no factor.
+Batch, heads, the queries' length and the values' size are independent; the keys' length is mixed. With `is_causal` a
+query's position matters, so the length is no factor. Where ranks exchange keys and values, which are then tokens as the
+queries are, a rank is given all that its heads need, and the length is one whatever the mask.
 """
 
 from __future__ import annotations
@@ -27,10 +28,21 @@ def _attention(op: Op) -> list[Factor]:
         return []  # drops at random
     query, key, value = op.operands[:3]
     grouped = bool(op.arguments["enable_gqa"]) and len(query) > 2 and query[-3] != key[-3]
-    factors = _EQUATIONS[bool(op.arguments["is_causal"]), grouped](op)
+    factors = [*_EQUATIONS[bool(op.arguments["is_causal"]), grouped](op), *_exchanged(op)]
     if grouped and key[-3] == value[-3]:
         factors += _groups(op)
     return factors
+
+
+def _exchanged(op: Op) -> list[Factor]:
+    """The queries' length, with keys and values cut along theirs; a mask is whole, in the order of all keys."""
+    query, key, value, *masks = op.operands
+    if min(map(len, (query, key, value))) < 3:
+        return []
+    others = (None,) * len(masks)
+    span = whole(query, -2)
+    exchanged = (None, whole(key, -2), whole(value, -2), *others)
+    return [Factor(span.length, (span, None, None, *others), (whole(op.results[0], -2),), exchanges=exchanged)]
 
 
 def _groups(op: Op) -> list[Factor]:
