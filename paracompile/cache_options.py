@@ -150,7 +150,7 @@ def _rdt(value: object) -> float | Literal["auto"] | None:
     remedy = 'give a finite number that is not negative (0 or None: no cache), or "auto"'
     rdt = number("rdt", value, remedy)
     if not 0 <= rdt < math.inf:
-        raise OptionError("rdt", rdt, remedy)
+        raise OptionError("rdt", value, remedy)
     return rdt
 
 
