@@ -3,8 +3,9 @@
     scores = matmul(q, k.transpose(-1, -2)) * scale + mask      (or bmm, baddbmm, einsum; masked_fill, where)
     softmax(scores, -1) @ v
 
-Each dimension of a product has a letter, as in einsum. That over which softmax runs is the keys'; which operand is the
-query's, and which of its letters are channels, follows.
+Inductor has patterns for some spellings, and looks for them in what AOTAutograd made, which is too late to be cut over
+ranks. Here each dimension of a product has a letter, as in einsum. That over which softmax runs is the keys'; which
+operand is the query's, and which of its letters are channels, follows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ from paracompile.layout.sizes import sizes_of
 __all__ = ["Term", "WrittenOut", "find_written_out"]
 
 aten = torch.ops.aten
+
+Filled = tuple[fx.Node, float, bool]
+"""A mask, the number that scores get by it, and whether that is where it is False."""
+
+_HIDES = 1e30
+"""A number below minus this stays itself whatever score is added to it."""
 
 _SCALES = {  # whether they divide
     aten.mul.Tensor: False,
@@ -54,7 +61,7 @@ class WrittenOut:
             and of what a value holds.
         scale: what scores are multiplied by.
         added: what is then added to them, broadcast to (*batch, queries, keys).
-        filled: masks, broadcast alike, with what stands for scores where they are True; applied after `added`.
+        filled: masks, broadcast alike, with what stands for scores; applied after `added`.
     """
 
     result: Term
@@ -68,7 +75,7 @@ class WrittenOut:
     features: str
     scale: float
     added: tuple[fx.Node, ...]
-    filled: tuple[tuple[fx.Node, float, bool], ...]
+    filled: tuple[Filled, ...]
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ class _Scores:
     product: _Product
     scale: float = 1.0
     added: tuple[fx.Node, ...] = ()
-    filled: tuple[tuple[fx.Node, float, bool], ...] = ()
+    filled: tuple[Filled, ...] = ()
 
     @property
     def is_masked(self) -> bool:
@@ -95,6 +102,8 @@ class _Scores:
 
 def find_written_out(graph: fx.Graph) -> Iterator[WrittenOut]:
     """Every attention that is written out, and of whose scores and weights nothing else is read.
+
+    A query that sees no key, by masks of -inf, is NaN when written out; as one operator it is what that gives (0).
 
     With more channels than queries and keys it is left as it is: there channels attend to each other, with tokens for
     their features, or the scores are few.
@@ -131,18 +140,32 @@ def _put_together(scores: _Scores, weights: Term, product: _Product) -> WrittenO
         return None
     if any(len({term.size(letter) for term in terms if letter in term.letters}) > 1 for letter in batch + keys):
         return None  # broadcast
-    types = {term.node.meta["val"].dtype for term in (*terms, *map(_as_term, scores.added))}
-    if len(types) > 1 or not types.pop().is_floating_point:
+    types = {node.meta["val"].dtype for node in (*(term.node for term in terms), *scores.added)}
+    dtype = query.node.meta["val"].dtype
+    if types != {dtype} or not dtype.is_floating_point:
+        return None
+    filled = _in_type(scores.filled, dtype)
+    if filled is None:
         return None
     if query.size(channel) >= query.size(queries) and query.size(channel) >= key.size(keys):
         return None
     return WrittenOut(
-        result, query, key, value, batch, queries, keys, channel, feature, scores.scale, scores.added, scores.filled
+        result, query, key, value, batch, queries, keys, channel, feature, scores.scale, scores.added, filled
     )
 
 
-def _as_term(node: fx.Node) -> Term:
-    return Term(node, "")
+def _in_type(filled: tuple[Filled, ...], dtype: torch.dtype) -> tuple[Filled, ...] | None:
+    """The numbers as the operands' type has them, where scores were wider; None where they would not hide any more.
+
+    A score that such a number is added to is that number: where a query sees no key, all count alike, as before.
+    """
+    range_of = torch.finfo(dtype)
+    if any(number != -math.inf for _, number, _ in filled) and range_of.max < _HIDES:
+        return None
+    return tuple(
+        (mask, number if number == -math.inf else max(number, range_of.min), inverted)
+        for mask, number, inverted in filled
+    )
 
 
 def _renamed(letters: str, names: dict[str, str]) -> str:
@@ -197,15 +220,10 @@ def _filled(node: fx.Node) -> _Scores | None:
         return None
     if not isinstance(source, fx.Node) or not isinstance(mask, fx.Node) or not isinstance(number, (int, float)):
         return None
-    if not _as_large(source, node) or not _hides(number, source.meta["val"].dtype):
+    if not _as_large(source, node) or number > -_HIDES:
         return None
     scores = _scores_of(source)
     return None if scores is None else replace(scores, filled=(*scores.filled, (mask, float(number), inverted)))
-
-
-def _hides(number: float, dtype: torch.dtype) -> bool:
-    """Whether a score of this size stays itself whatever is added to it."""
-    return number == -math.inf or (number < -1e30 and torch.finfo(dtype).max > 1e30)
 
 
 # From softmax down

@@ -126,8 +126,10 @@ OTHERS: dict[str, Attend] = {
     "scores hidden a little": lambda q, k, v: scores(q, k).masked_fill(HIDDEN, -1e4).softmax(-1) @ v,
     "masked, then a bias": lambda q, k, v: (scores(q, k).masked_fill(HIDDEN, -1e31) + BIAS).softmax(-1) @ v,
     "mask with a batch": lambda q, k, v: (scores(q[:1], k[:1]) + BIAS.repeat(BATCH, 1, 1, 1)).softmax(-1) @ v,
+    "one query, a bias for many": lambda q, k, v: (scores(q[:, :, :1], k) + BIAS).softmax(-1) @ v,
+    "one head, a bias for many": lambda q, k, v: ((scores(q[0, 0], k[0, 0]) + BIAS).softmax(-1) @ v[0])[None],
     "one key for all heads": lambda q, k, v: scores(q, k[:, :1]).softmax(-1) @ v,
-    "channels attend": lambda q, k, v: v @ (q.mT @ k).softmax(-1).mT,
+    "channels attend": lambda q, k, v: ((q.mT @ k).softmax(-1) @ v.mT).mT,
     "no product before": lambda q, k, v: BIAS.softmax(-1) @ v,
 }
 
@@ -158,7 +160,7 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
 
-def fused(model: Callable[..., Any], *inputs: Tensor) -> tuple[fx.GraphModule, int]:
+def fused(model: Callable[..., Any], *inputs: Tensor, tolerance: float = 2e-6) -> tuple[fx.GraphModule, int]:
     """The graph after the pass, and how many were fused; it gives what the model gives."""
     kept: list[fx.GraphModule] = []
     found = Found()
@@ -168,7 +170,7 @@ def fused(model: Callable[..., Any], *inputs: Tensor) -> tuple[fx.GraphModule, i
         return kept[0].forward
 
     with torch.no_grad():
-        close(capture(model, inputs, backend), model(*inputs))
+        close(capture(model, inputs, backend), model(*inputs), tolerance)
     return kept[0], found.fused
 
 
@@ -238,6 +240,21 @@ def test_one_may_read_what_another_made() -> None:
     graph, count = fused(twice, *OPERANDS)
     assert count == 2
     assert not graph.graph.find_nodes(op="call_function", target=torch.ops.aten.softmax.int)
+
+
+@pytest.mark.parametrize("dtype, count", [(torch.bfloat16, 1), (torch.float16, 0)], ids=str)
+def test_scores_that_are_wider_and_hidden_by_the_lowest_number(dtype: torch.dtype, count: int) -> None:
+    """A query that sees nothing sees all alike; float16 has no number that would still say so."""
+    hidden = torch.zeros(IMAGE, IMAGE, dtype=torch.bool)
+    hidden[3] = True
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        lowest = torch.finfo(torch.float32).min
+        return scores(q, k).float().masked_fill(hidden, lowest).softmax(-1).to(dtype) @ v
+
+    operands = [operand.to(dtype) for operand in OPERANDS]
+    assert fused(attend, *operands, tolerance=0.02)[1] == count
+    close(attend(*operands)[..., 3, :], operands[2].mean(-2), 0.02)
 
 
 def test_rows_and_heads_in_one_dimension_are_heads() -> None:
