@@ -130,8 +130,8 @@ def _check_attention(plan: Plan, axis: Axis, seed: Seed) -> None:
     if not plan.attentions:
         raise GraphError(
             None,
-            "the graph has no scaled_dot_product_attention, nor one that is written out, so nothing can be shared by "
-            f"the {axis.size} ranks: each would run the whole model",
+            "the graph has no scaled_dot_product_attention, nor one that is written out and has more tokens than a "
+            f"head has channels, so nothing can be shared by the {axis.size} ranks: each would run the whole model",
             "set the model's attention backend to PyTorch's own (model.set_attention_backend('native')); a custom "
             "attention kernel hides its sequence",
         )
