@@ -16,9 +16,11 @@ from small_models import WIDTH, Mesh, SelfAttention, capture, image_tokens, mesh
 from torch import fx
 
 from paracompile.cache_options import CacheOptions
-from paracompile.errors import ParacompileError
+from paracompile.errors import GraphError, ParacompileError
+from paracompile.layout.factors import Factor, whole
 from paracompile.mesh import Ranks
 from paracompile.passes import Found, Pass, check_contracts, pipeline, run_passes
+from paracompile.passes.unified_attention import unified_attention
 
 
 def first(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -221,3 +223,14 @@ def test_the_example_that_dumps_the_passes(tmp_path: Path) -> None:
     assert text["unified_attention"].count("paracompile.unified_attention.default(") == 3
     assert "paracompile." not in text["lower"]
     assert "all_to_all_single" in text["lower"]
+
+
+def test_no_other_operator_is_taken_for_attention() -> None:
+    """Whatever its rule says: exchanging operands is lowered for attention alone."""
+    graph = fx.Graph()
+    node = graph.call_function(torch.ops.aten.relu.default, (graph.placeholder("x"),))
+    graph.output(node)
+    span = whole((2, 8, 4), 1)
+    node.meta["neighbours"] = {"sequence": Factor(8, (span,), (span,), exchanges=(span,))}
+    with pytest.raises(GraphError, match="its rule exchanges operands, which attention alone can"):
+        unified_attention(fx.GraphModule({}, graph), ())

@@ -20,7 +20,18 @@ from paracompile.tune.plan import (
     dtype_or_default,
     read_prompts,
 )
-from paracompile.tune.settings import FLAGS, KNOBS, Setting, Value, by_compile, knob_value, plan_of, setting_of, sweep
+from paracompile.tune.settings import (
+    FLAGS,
+    KNOBS,
+    Setting,
+    Value,
+    by_compile,
+    knob_help,
+    knob_value,
+    plan_of,
+    setting_of,
+    sweep,
+)
 
 __all__ = ["add_parser"]
 
@@ -72,9 +83,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
 
     knobs = parser.add_argument_group("what is swept", "Values with commas between them; all combinations are run.")
-    for name, knob in KNOBS.items():
-        meaning = knob.meaning.replace("`", "") + (f" (none: {knob.absent})" if knob.whole and knob.absent else "")
-        knobs.add_argument(f"--{FLAGS[name]}", type=_list_of(_knob(name)), dest=name, metavar="VALUES", help=meaning)
+    for name in KNOBS:
+        values = _list_of(_knob(name))
+        knobs.add_argument(f"--{FLAGS[name]}", type=values, dest=name, metavar="VALUES", help=knob_help(name))
     knobs.add_argument(
         "--setting",
         type=_setting,

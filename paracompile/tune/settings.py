@@ -20,6 +20,7 @@ __all__ = [
     "Setting",
     "Value",
     "by_compile",
+    "knob_help",
     "knob_text",
     "knob_value",
     "plan_of",
@@ -35,6 +36,13 @@ KNOBS: dict[str, Knob] = {knob.name: knob for knob in knobs()}
 
 FLAGS: dict[str, str] = {name: name.replace("_", "-") for name in KNOBS} | {"steps": "step-plan"}
 """What each is called on the command line, where --steps is the pipeline's."""
+
+_SPELLED = {
+    "rdt": "numbers above 0; one compile serves all",
+    "max_consecutive_hits": "none: no limit",
+    "coefficients": "with colons between them; 1:0: as they are",
+}
+"""How values are given on the command line, where that does not go without saying."""
 
 _NOT_ASKED, _RETAINED = 1e-6, 0.2
 
@@ -137,21 +145,28 @@ def knob_text(value: Value) -> str:
     return ":".join(f"{each:g}" for each in value) if isinstance(value, tuple) else str(value)
 
 
+def knob_help(name: str) -> str:
+    """What a knob means, and how its values are given."""
+    meaning = KNOBS[name].meaning.replace("`", "")
+    if name == "rdt":  # of "auto" there is nothing to compare
+        meaning = meaning.partition(";")[0]
+    return f"{meaning} ({_SPELLED[name]})" if name in _SPELLED else meaning
+
+
 def knob_value(name: str, text: str) -> Value:
     """Reads one value.
 
     raises:
         ParacompileError: not a number, or not numbers.
     """
-    knob = KNOBS[name]
-    if knob.whole and knob.absent and text.lower() == "none":
+    if name == "max_consecutive_hits" and text.lower() == "none":
         return None
     if name in ("steps", "watch"):
         return text
     try:
         if name == "coefficients":
             return tuple(float(part) for part in text.split(":"))
-        return int(text) if knob.whole else float(text)
+        return int(text) if KNOBS[name].whole else float(text)
     except ValueError:
         kind = {"rdt": "a number", "coefficients": "numbers with colons between them"}.get(name, "a whole number")
         raise ParacompileError(f"{text!r} is not {kind}") from None
