@@ -10,7 +10,10 @@ from paracompile.layout.costs import Cost
 from paracompile.layout.plan import Plan
 from paracompile.layout.sizes import bytes_in
 
-__all__ = ["CacheLayout", "Found", "Skipped"]
+__all__ = ["TOKENS", "CacheLayout", "Found", "Skipped"]
+
+TOKENS = "tokens one by one"
+"""What is cut where it is no spatial dimension, in a report."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,8 @@ class Found:
         why_a_piece: why the graph is only a piece of its model (`Captured`); None where it is all of it.
         fused: how many attentions the model writes out (`fuse_attention`).
         plans: by mesh axis, what its ranks cut and how (`plan_layouts`).
-        dimensions: where images are cut, the name of the spatial dimension that is and what it costs, then those of
-            the others (`plan_layouts`); none where tokens are.
+        dimensions: where a spatial dimension is cut, its name and what that costs, then those of the others and of
+            `TOKENS` one by one (`plan_layouts`); none where it is not.
         together: how many attentions have their queries, keys and values in one exchange (`lower`).
         ranges: how many ranges of values ranks exchange to quantise by one scale (`lower`).
         skipped: what may be skipped (`mark_blocks`); None without a cache, or where no blocks are.

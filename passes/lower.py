@@ -149,8 +149,8 @@ class _Lowering:
             elif all(0 in self._local_shape(value) for value in operation.results) and not neighbours_of(node):
                 self._empty(operation)
                 return
-            elif (halo := self._halo_to_measure(operation)) is not None:
-                self.to_measure[operation.results[0]] = self._windowed(operation, self.axes["all"], halo)
+            elif (to_measure := self._to_measure(operation)) is not None:
+                self.to_measure[operation.results[0]] = to_measure
                 return
             else:
                 written = self._cut(operation)
@@ -318,22 +318,29 @@ class _Lowering:
             source = Held(self.values[value], by_rank, axis)
         return Windowed(operation, halo, source, [self.values[other] for other in others], axis)
 
-    def _halo_to_measure(self, operation: Operation) -> Halo | None:
-        """How a copy reads its operand if one window is all that reads it; None for everything else."""
-        value, axis = operation.results[0], self.axes["all"].name
+    def _to_measure(self, operation: Operation) -> Windowed | None:
+        """A copy that one window alone reads, to be made for that window; None for everything else."""
+        value = operation.results[0]
         if operation.rule is None or not operation.rule.copies or len(operation.node.users) != 1:
             return None
         (reader,) = (self.by_node.get(user) for user in operation.node.users)
         if reader is None or operation.node.meta.get("cache_roles"):
             return None
-        reads = neighbours_of(reader.node).get(axis)
-        if reads is None or reads.halo is None or reader.operands[0] != value or reader.operands.count(value) > 1:
+        if reader.operands[:1] != (value,) or reader.operands.count(value) > 1:
             return None
+        for name, factor in neighbours_of(reader.node).items():
+            halo = self._halo_of_copy(operation, name, factor.halo.dim) if factor.halo is not None else None
+            if halo is not None:
+                return self._windowed(operation, self.axes[name], halo)
+        return None
+
+    def _halo_of_copy(self, operation: Operation, axis: str, dim: int) -> Halo | None:
+        """How a copy reads its operand along a dimension, of which its reader takes a window."""
+        value = operation.results[0]
         own = neighbours_of(operation.node).get(axis)
         if own is not None:
             return own.halo
         held, made = (shardings_of(each).get(axis) for each in (operation.operands[0], value))
-        dim = reads.halo.dim
         if held is None or made is None or held.place != made.place or made.place.dim != dim:
             return None
         along = (factor.halo for factor in operation.factors if factor.halo is not None and factor.halo.dim == dim)

@@ -1,5 +1,8 @@
 """Decides, on whole shapes, what the ranks cut and how: tokens over the sequence's ranks, rows over the batch axis'.
 
+Where convolutions between a transformer's attentions reach over to neighbours, tokens may be cut in whole rows, columns
+or frames, so that these are shared as well; what is cheaper is chosen.
+
 Rows of a batch never meet, so batch parallelism (the conditional and the unconditional pass of classifier-free
 guidance, one on each half of the ranks) is the same analysis with another seed and no exchange. A value may be cut
 along both axes; where both would cut one and the same part of it (rows that are tokens in another attention), it is
@@ -18,21 +21,24 @@ from torch import fx
 
 from paracompile.errors import GraphError
 from paracompile.layout.boundaries import Machine
-from paracompile.layout.costs import cost_of
+from paracompile.layout.costs import Cost, cost_of
 from paracompile.layout.graph import Operation, operations, shape_of
 from paracompile.layout.places import Seed
 from paracompile.layout.plan import Plan, make_plan
 from paracompile.layout.sizes import sizes_of
 from paracompile.mesh import Axis, Ranks
 from paracompile.passes.formulas import fix_sizes
-from paracompile.passes.found import Found
+from paracompile.passes.found import TOKENS, Found
 from paracompile.patterns.attention import find_attentions
-from paracompile.patterns.convolutions import DIMENSIONS, spatial_seeds, works_on_images
+from paracompile.patterns.convolutions import DIMENSIONS, mixes_neighbours, spatial_seeds, works_on_images
 from paracompile.patterns.flops import attention_flops, flops_of
 from paracompile.patterns.rules import rule_for
 
 _IMAGES = Machine(start=3e-4)
 """A decoder at its real size computes longer than a step of a transformer, and exchanges often, and little."""
+_WORTH_ROWS = 0.05
+"""The share of a model's products that tokens one by one leave whole, from which on it is worth to fix open sizes for
+others."""
 _WORTH_SHARING = 0.5
 """The least share of a model's products that must be cut where its largest attention cannot be."""
 
@@ -60,7 +66,7 @@ def plan_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ra
                 "ranks could share",
                 "use fewer ranks, or larger images",
             )
-    tokens = _plan(gm, ranks.sequence, "tokens") if ranks.sequence_size > 1 else None
+    tokens = _plan_of_tokens(gm, ranks.sequence, found) if ranks.sequence_size > 1 else None
     if ranks.batch.size > 1:
         found.plans[ranks.batch.name] = _plan(gm, ranks.batch, "batch", tokens)
     if tokens is not None:
@@ -70,18 +76,57 @@ def plan_layouts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, ranks: Ra
 
 def _plan_of_images(gm: fx.GraphModule, all_operations: Sequence[Operation], axis: Axis, found: Found) -> bool:
     """Finds the cheapest plan among those of all spatial dimensions; whether there is one."""
-    choices = []
-    for seed in spatial_seeds(all_operations, axis.size):
-        plan = _made(gm, axis, seed, machine=_IMAGES)
-        if plan.cuts:
-            choices.append((cost_of(plan, flops_of, axis.size, _IMAGES), DIMENSIONS[seed.dim], plan))
+    choices = [(name, plan) for name, plan in _spatial_plans(gm, all_operations, axis, _IMAGES) if plan.cuts]
     if not choices:
         return False
-    choices.sort(key=lambda choice: choice[0].seconds)
-    found.plans[axis.name] = choices[0][2]
-    found.dimensions = tuple((name, cost) for cost, name, _ in choices)
+    found.plans[axis.name], found.dimensions = _cheapest(choices, axis, _IMAGES)
     _check_randomness(found.plans[axis.name])
     return True
+
+
+def _plan_of_tokens(gm: fx.GraphModule, axis: Axis, found: Found) -> Plan:
+    """The plan of tokens one by one, or a cheaper one that cuts convolutions between attentions as well."""
+    plan = _plan(gm, axis, "tokens")
+    if not _stops_at_windows(plan):
+        return plan
+    if fix_sizes(gm):
+        plan = _plan(gm, axis, "tokens")
+    choices = [(TOKENS, plan), *_spatial_plans(gm, plan.operations, axis, Machine())]
+    plan, dimensions = _cheapest(choices, axis, Machine())
+    if dimensions[0][0] != TOKENS:
+        found.dimensions = dimensions
+    return plan
+
+
+def _stops_at_windows(plan: Plan) -> bool:
+    """Whether convolutions on the way of the tokens reach over to neighbours, so that much around them is whole."""
+    whole = [operation for operation in plan.operations if operation not in plan.cuts]
+    if sum(map(flops_of, whole)) < _WORTH_ROWS * sum(map(flops_of, plan.operations)):
+        return False
+    on_the_way: set[fx.Node] = set()
+    for operation in plan.operations:
+        if operation in plan.cuts or any(value.node in on_the_way for value in operation.operands):
+            if operation not in plan.cuts and mixes_neighbours(operation):
+                return True
+            on_the_way.add(operation.node)
+    return False
+
+
+def _spatial_plans(
+    gm: fx.GraphModule, all_operations: Sequence[Operation], axis: Axis, machine: Machine
+) -> list[tuple[str, Plan]]:
+    """A plan for each spatial dimension, by its name."""
+    seeds = spatial_seeds(all_operations, axis.size)
+    return [(DIMENSIONS[seed.dim], _made(gm, axis, seed, machine=machine)) for seed in seeds]
+
+
+def _cheapest(
+    choices: Sequence[tuple[str, Plan]], axis: Axis, machine: Machine
+) -> tuple[Plan, tuple[tuple[str, Cost], ...]]:
+    """The cheapest plan, and what all of them cost, by name, the cheapest first."""
+    costs = [(cost_of(plan, flops_of, axis.size, machine), name, plan) for name, plan in choices]
+    costs.sort(key=lambda choice: choice[0].seconds)
+    return costs[0][2], tuple((name, cost) for cost, name, _ in costs)
 
 
 def _plan(gm: fx.GraphModule, axis: Axis, seed: Seed, beside: Plan | None = None) -> Plan:

@@ -70,6 +70,15 @@ def bytes_exchanged(cuts: Mapping[Operation, Cut]) -> dict[Operation, int]:
     return found
 
 
+def bytes_carried(operation: Operation, cut: Cut, ranks: int) -> list[int]:
+    """The bytes in each collective where ranks exchange operands: all that is cut, and the results, travel."""
+    if not cut.factor.exchanges:
+        return []
+    of_operands = zip(operation.operands, cut.operands, strict=True)
+    moved = [*(value for value, place in of_operands if place is not None), *operation.results]
+    return [bytes_of(value) // ranks for value in moved]
+
+
 def bytes_summed(operation: Operation) -> int:
     """The bytes that a rank exchanges, about, where ranks add up the results of their parts."""
     return 2 * sum(map(bytes_of, operation.results))
@@ -124,9 +133,8 @@ def choose(
             seconds = machine.transfer(exchanged[operation], model)
             network.add_edge(number, whole, capacity=_picoseconds(seconds))
         elif cuts[operation].factor.exchanges:
-            places_of = zip(operation.operands, cuts[operation].operands, strict=True)
-            moved = [*(value for value, place in places_of if place is not None), *operation.results]
-            seconds = sum(machine.transfer(bytes_of(value) / ranks, model) for value in moved)
+            carried = bytes_carried(operation, cuts[operation], ranks)
+            seconds = sum(machine.transfer(size, model) for size in carried)
             network.add_edge(number, whole, capacity=_picoseconds(seconds))
 
     producers = {

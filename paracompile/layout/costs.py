@@ -1,11 +1,11 @@
-"""What a plan costs: by this the dimension is chosen that an image or a video is cut along."""
+"""What a plan costs: by this it is chosen what is cut, where several things can be."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from paracompile.layout.boundaries import Machine, bytes_exchanged, bytes_summed
+from paracompile.layout.boundaries import Machine, bytes_carried, bytes_exchanged, bytes_summed
 from paracompile.layout.graph import Operation, bytes_of, is_tensor, value_of
 from paracompile.layout.plan import Plan
 from paracompile.layout.sizes import hint
@@ -43,7 +43,8 @@ def cost_of(plan: Plan, flops: Callable[[Operation], int], ranks: int, machine: 
     gathered = {value for _, value in plan.unmatched()}
     gathered |= {value for node in output.all_input_nodes if is_tensor(node) and plan.result(value := value_of(node))}
     summed = [bytes_summed(operation) for operation, cut in plan.cuts.items() if cut.factor.sums]
-    sizes = [*bytes_exchanged(plan.cuts).values(), *summed]
+    carried = [size for operation, cut in plan.cuts.items() for size in bytes_carried(operation, cut, ranks)]
+    sizes = [*bytes_exchanged(plan.cuts).values(), *summed, *carried]
     sizes += [(ranks - 1) * bytes_of(value) // ranks for value in gathered]
     seconds = machine.work(round(fullest)) + sum(machine.transfer(size, model) for size in sizes)
     return Cost(fullest / max(1, sum(work.values())), sum(sizes), seconds)

@@ -78,7 +78,7 @@ class Plan:
 
     attributes:
         operations: all operations, in the graph's order.
-        attentions: the attentions among them; none where images are cut, in which they are like any other operation.
+        attentions: the attentions among them.
         cuts: how each operation that is cut is cut.
         places: the tokens' place in every value they run through, cut or not.
         segments: the segments of what is cut.
@@ -163,14 +163,13 @@ def make_plan(
         find_attentions: the attentions among the operations.
         flops: an operation's multiply-add work.
         ranks: over how many ranks tokens are cut.
-        seed: "batch" cuts the rows of the batch instead of tokens, `Spatial` a dimension of images.
+        seed: "batch" cuts the rows of the batch instead of tokens, `Spatial` a dimension of images, where attention is
+            like any other operation: its queries are cut, and its keys gathered.
         machine: what costs are weighed with.
         beside: what another axis cuts already; no value is cut twice in one and the same part.
     """
     all_operations = operations(graph, rule_for)
     attentions = {attention.operation: attention for attention in find_attentions(all_operations)}
-    if isinstance(seed, Spatial):  # queries are cut, and their keys are gathered
-        attentions = {}
     places = propagate(all_operations, attentions.values(), seed)
     possible = {
         operation: cut

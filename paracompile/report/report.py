@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -13,13 +13,11 @@ from torch import fx
 import paracompile.runtime.placement as placement
 from paracompile.errors import module_path, source_line
 from paracompile.layout.graph import Operation, bytes_of, operations, value_of
-from paracompile.layout.places import Attention
 from paracompile.layout.plan import Plan, Sharding
 from paracompile.layout.sizes import bytes_in, hint
 from paracompile.mesh import Ranks
 from paracompile.passes.first_block_cache import COMPUTE
-from paracompile.passes.found import Found
-from paracompile.patterns.attention import find_attentions
+from paracompile.passes.found import TOKENS, Found
 from paracompile.patterns.exchanges import is_collective, link_of
 from paracompile.patterns.flops import flops_of
 from paracompile.patterns.rules import rule_for
@@ -60,7 +58,7 @@ class Report:
         why_a_piece: why the graph is only a piece of its model; None where it is all of it.
         bytes_handed_on: bytes that ranks gather at the end of a piece, for what follows it.
         ranks: over how many ranks it was sharded; 1 where nothing was.
-        dimension: what images are cut along ("height", ...); None where they are not.
+        dimension: what images, or tokens with convolutions between them, are cut along ("height", ...); else None.
         fused: attentions that the model writes out, and that were made one operator each (`fuse_attention`).
         attentions: attentions whose tokens the ranks exchange.
         cross_attentions: attentions cut along their queries alone, which send nothing.
@@ -189,7 +187,7 @@ def report_of(found: Found, ranks: Ranks, local: fx.GraphModule, *, caches: bool
     skippable = _skippable(local)
     here = operations(local.graph, rule_for) + skippable
     plans = list(found.plans.values())
-    attentions = _attentions(plans[-1]) if plans else {}
+    attentions = plans[-1].attentions if plans else {}
     cut = [operation for operation in attentions if operation in plans[-1].cuts]
     exchanged = [operation for operation in cut if plans[-1].exchanged(operation)]
     collectives: Counter[str] = Counter()
@@ -279,17 +277,18 @@ def _bytes_sent(kind: str, node: fx.Node, ranks: Ranks) -> int:
 
 
 def _dimension(found: Found) -> list[str]:
-    """Which dimension of images is cut, and why not another one."""
+    """Which spatial dimension is cut, and why not another one."""
     if not found.dimensions:
         return []
-    plan = next(iter(found.plans.values()))
+    plan = list(found.plans.values())[-1]
     positions = max((sharding.place.length for sharding in _shardings(plan)), default=0)
     (cut, cost), *others = [
         (name, f"({cost.share:.1%} of the products on the fullest rank, {cost.bytes:,} bytes exchanged)")
         for name, cost in found.dimensions
     ]
     dearer = "".join(f"; dearer: {name} {cost}" for name, cost in others)
-    return [f"images are cut along their {cut}, {positions} positions where they are coarsest {cost}{dearer}"]
+    what = "tokens" if TOKENS in dict(found.dimensions) else "images"
+    return [f"{what} are cut along their {cut}, {positions} positions where they are coarsest {cost}{dearer}"]
 
 
 def _shardings(plan: Plan) -> list[Sharding]:
@@ -318,18 +317,13 @@ def _in_eight_bits(local: fx.GraphModule, ranks: Ranks) -> list[str]:
     return [f"{len(carried)} exchanges in eight bits, with a scale for each head of a token"] if carried else []
 
 
-def _attentions(plan: Plan) -> Mapping[Operation, Attention]:
-    """The attentions of a plan, also where images are cut."""
-    return plan.attentions or {attention.operation: attention for attention in find_attentions(plan.operations)}
-
-
 def _whole(plan: Plan) -> list[str]:
     """One line for each attention that every rank computes, where its work counts."""
     work = sum(map(flops_of, plan.operations))
     return [
         f"left whole {operation.node.name} ({attention.flops / work:.0%} of the model's products)"
         + (f", at {where}" if (where := source_line(operation.node)) else "")
-        for operation, attention in _attentions(plan).items()
+        for operation, attention in plan.attentions.items()
         if operation not in plan.cuts and attention.flops > _COUNTS * work
     ]
 
