@@ -29,6 +29,7 @@ from paracompile.passes.formulas import Formulas, symbols_of
 from paracompile.patterns.autocast import AUTOCAST_EDGES
 from paracompile.patterns.blocks import find_blocks
 from paracompile.patterns.regions import Body, look_of
+from paracompile.torch_private import LazyGraphModule
 
 __all__ = ["STAND_IN", "Folded", "fold_equal_blocks", "unfold"]
 
@@ -102,7 +103,7 @@ def fold_equal_blocks(gm: fx.GraphModule) -> Folded | None:
                 outer[output] = graph.call_function(operator.getitem, (stand_in, place))
         if node not in inside and node.op != "placeholder":
             outer[node] = graph.node_copy(node, outer.__getitem__)
-    folded = fx.GraphModule(gm, graph)
+    folded = LazyGraphModule(gm, graph)
     return Folded(
         folded, [tensor for name in likes for tensor in likes[name]], bodies, [body.nodes for body in repeated]
     )
@@ -157,7 +158,7 @@ def _with_sizes_in_front(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes:
         if node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    in_front = fx.GraphModule(gm, graph)
+    in_front = LazyGraphModule(gm, graph)
     in_front.graph.eliminate_dead_code()
     return in_front
 
@@ -209,7 +210,7 @@ def _as_graph(body: Body) -> fx.GraphModule:
         inner[node] = graph.node_copy(node, inner.__getitem__)
         inner[node].meta = {"stack_trace": str(number)}  # tracing hands it on, see `_provenance`
     graph.output(tuple(inner[node] for node in body.outputs))
-    return fx.GraphModule(nn.Module(), graph)
+    return LazyGraphModule(nn.Module(), graph)
 
 
 def _given(graph: fx.Graph, name: str, example: Tensor) -> fx.Node:

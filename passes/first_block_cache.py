@@ -54,7 +54,7 @@ from paracompile.passes.mark_blocks import WATCHED, part_of, roles_of
 from paracompile.passes.writer import GraphWriter, as_float
 from paracompile.patterns.autocast import AUTOCAST_EDGES
 from paracompile.patterns.exchanges import is_collective, is_wait
-from paracompile.torch_private import FakeTensorMode, detect_fake_mode, set_source
+from paracompile.torch_private import FakeTensorMode, LazyGraphModule, detect_fake_mode, set_source
 
 __all__ = ["COMPUTE", "COND", "REUSE", "first_block_cache"]
 
@@ -316,7 +316,7 @@ class _Writer:
             place[operand].meta["val"] = operand.meta["val"]
         outputs = body(GraphWriter(self.fake_mode, graph), place)
         graph.output(tuple(outputs))
-        return fx.GraphModule(self.gm, graph)
+        return LazyGraphModule(self.gm, graph)
 
     def _compute(
         self,

@@ -43,7 +43,7 @@ from paracompile.passes.writer import GraphWriter
 from paracompile.patterns.autocast import AUTOCAST_EDGES, ENTER_AUTOCAST
 from paracompile.patterns.rules import rule_for
 from paracompile.runtime.placement import SHARD, UNIFIED_ATTENTION, UNSHARD
-from paracompile.torch_private import detect_fake_mode, parameter_sources, set_parameter_sources
+from paracompile.torch_private import LazyGraphModule, detect_fake_mode, parameter_sources, set_parameter_sources
 
 aten = torch.ops.aten
 
@@ -113,7 +113,7 @@ class _Lowering:
         for node in self.gm.graph.nodes:
             self._carry_roles(node)
         self.write.graph.lint()
-        local = fx.GraphModule(self.gm, self.write.graph)
+        local = LazyGraphModule(self.gm, self.write.graph)
         local.meta.update(self.gm.meta)
         sources = parameter_sources(self.gm)
         if sources is not None:

@@ -20,7 +20,7 @@ from torch import fx
 
 from paracompile.passes.evaluation import evaluating
 from paracompile.patterns.numbers import FILLED, IN_PLACE, MADE, OF_NUMBERS, Numbers
-from paracompile.torch_private import FakeTensor
+from paracompile.torch_private import FakeTensor, LazyGraphModule
 
 __all__ = ["write_numbers"]
 
@@ -33,7 +33,7 @@ def write_numbers(gm: fx.GraphModule, numbers: Numbers) -> fx.GraphModule:
     fake_mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))  # the inputs have another
     with evaluating(fake_mode):
         graph = _Writer(numbers.kept).written(gm.graph)
-    return fx.GraphModule(gm, graph)
+    return LazyGraphModule(gm, graph)
 
 
 class _Writer:

@@ -42,6 +42,7 @@ from paracompile.passes.formulas import Formulas, symbols_of
 from paracompile.patterns.regions import Body, cut_along_blocks, is_view, look_of
 from paracompile.torch_private import (
     FakeTensorMode,
+    LazyGraphModule,
     detect_fake_mode,
     is_traceable_wrapper_subclass,
     set_parameter_sources,
@@ -267,7 +268,7 @@ class _Cutter:
             inner[node] = graph.create_node(node.op, node.target, args, kwargs)
             inner[node].meta = dict(node.meta)
         graph.output(tuple(inner[node] for node in body.outputs))
-        module = fx.GraphModule(root, graph)
+        module = LazyGraphModule(root, graph)
         module.meta["dynamo_compile_id"] = None  # its mere presence says that inputs know whether they are parameters
         set_parameter_sources(module, {})
         return _Region(name, module, self._lay_out(module, [is_view(node) for node in body.outputs]), symbols)

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.node import map_aggregate
 
 from paracompile.layout.sizes import sizes_in, symbols_in
 from paracompile.passes.evaluation import evaluating
 from paracompile.patterns.regions import look_of
-from paracompile.torch_private import FakeTensorMode, set_source, source_of, tree_leaves, tree_map_only
+from paracompile.torch_private import FakeTensorMode, set_source, source_of, tree_leaves
 
 __all__ = ["PROVENANCE", "GraphWriter", "as_float", "in_type"]
 
@@ -32,7 +33,7 @@ class GraphWriter:
         self.graph = fx.Graph() if graph is None else graph
         self.origin: fx.Node | None = None
         self._fake_mode = fake_mode
-        self._known: dict[str, Any] = {}
+        self._known = _known_in(fake_mode)
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Appends `target(*args, **kwargs)`; nodes among the arguments stand for their values."""
@@ -43,12 +44,12 @@ class GraphWriter:
         return node
 
     def _evaluate(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What `target` makes of fake tensors; of equal blocks it is computed once.
+        """What `target` makes of fake tensors; of equal blocks, and of ranks with equal parts, it is computed once.
 
         A size that only the data tells is a new symbol each time.
         """
         autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
-        key = repr((str(target), autocast, tree_map_only(torch.Tensor, look_of, (args, kwargs))))
+        key = repr((str(target), autocast, map_aggregate((args, kwargs), _look)))
         if key in self._known:
             return self._known[key]
         with evaluating(self._fake_mode):
@@ -68,6 +69,16 @@ class GraphWriter:
     def _mark(self, node: fx.Node) -> None:
         if self.origin is not None:
             node.meta.update({key: self.origin.meta[key] for key in PROVENANCE if key in self.origin.meta})
+
+
+def _known_in(fake_mode: FakeTensorMode) -> dict[str, Any]:
+    """What was computed in a mode, by `_evaluate`'s key; it goes with the mode."""
+    known: dict[str, Any] = vars(fake_mode).setdefault("paracompile_known", {})
+    return known
+
+
+def _look(argument: Any) -> Any:
+    return look_of(argument) if isinstance(argument, torch.Tensor) else argument
 
 
 def as_float(write: GraphWriter, value: fx.Node, device: torch.device | None = None) -> fx.Node:

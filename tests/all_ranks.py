@@ -13,7 +13,7 @@ from torch import fx
 from paracompile import passes as source
 from paracompile.mesh import Ranks
 from paracompile.passes import Found, pipeline, run_passes
-from paracompile.torch_private import parameter_sources, set_parameter_sources, set_source, source_of
+from paracompile.torch_private import LazyGraphModule, parameter_sources, set_parameter_sources, set_source, source_of
 
 _normalised: WeakKeyDictionary[fx.GraphModule, fx.GraphModule] = WeakKeyDictionary()
 
@@ -29,7 +29,7 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
         copies[node] = graph.node_copy(node, copies.__getitem__)
         if node.op == "placeholder":
             set_source(copies[node], source_of(node))
-    copy = fx.GraphModule(made, graph, made.__class__.__name__)
+    copy = LazyGraphModule(made, graph, made.__class__.__name__)
     copy.meta.update(made.meta)
     sources = parameter_sources(made)
     if sources is not None:

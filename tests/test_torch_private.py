@@ -294,6 +294,29 @@ def test_breaks_are_told() -> None:
     assert isinstance(last.reason, str)
 
 
+@of("LazyGraphModule")
+def test_code_is_written_once_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[fx.Graph] = []
+    python_code = fx.Graph.python_code
+    monkeypatch.setattr(
+        fx.Graph, "python_code", lambda graph, *a, **k: written.append(graph) or python_code(graph, *a, **k)
+    )
+    graph = fx.Graph()
+    node = graph.call_function(aten.mul.Tensor, (graph.placeholder("x"), 2.0))
+    graph.output(node)
+    gm = torch_private.LazyGraphModule(nn.Module(), graph)
+    gm.recompile()
+    forward = gm.forward
+    assert not written
+    for _ in range(2):
+        assert forward(torch.ones(2)).tolist() == [2.0, 2.0]
+        assert gm(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert len(written) == 1
+    node.args = (node.args[0], 3.0)
+    gm.recompile()
+    assert gm(torch.ones(2)).tolist() == [3.0, 3.0]
+
+
 @of("STATIC_INPUT")
 def test_weights_are_marked() -> None:
     module = nn.BatchNorm1d(3).eval()

@@ -19,6 +19,7 @@ from typing import Any, TypeGuard
 import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols, free_unbacked_symbols, statically_known_true
+from torch.fx.node import map_aggregate
 
 from paracompile.torch_private import (
     FloorDiv,
@@ -29,7 +30,6 @@ from paracompile.torch_private import (
     PythonReferenceAnalysis,
     sympy_interp,
     tree_leaves,
-    tree_map_only,
 )
 
 __all__ = [
@@ -345,12 +345,12 @@ def formula_of(size: Any) -> int | sympy.Expr:
 
 def sizes_in(tree: Any) -> Any:
     """`size_of` all that is in a tree of arguments."""
-    return tree_map_only(torch.SymInt, size_of, tree)
+    return map_aggregate(tree, lambda leaf: size_of(leaf) if isinstance(leaf, torch.SymInt) else leaf)
 
 
 def numbers_in(tree: Any) -> Any:
     """A tree of arguments with all sizes in it fixed."""
-    return tree_map_only(Size, int, tree)
+    return map_aggregate(tree, lambda leaf: int(leaf) if isinstance(leaf, Size) else leaf)
 
 
 def formula(value: Any) -> Any:
@@ -360,7 +360,7 @@ def formula(value: Any) -> Any:
 
 def symbols_in(tree: Any) -> Any:
     """The `formula` of all that is in a tree of arguments, as operators on symbolic tensors take it."""
-    return tree_map_only(Size, formula, tree)
+    return map_aggregate(tree, formula)
 
 
 def free_symbols_of(tree: Any) -> dict[sympy.Symbol, None]:

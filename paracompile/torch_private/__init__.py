@@ -72,6 +72,7 @@ from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store as get_default_store  # the store that all ranks share
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule  # writes its code once that is called
 from torch.utils._ordered_set import OrderedSet  # what Inductor's passes are given
 from torch.utils._python_dispatch import (
     TorchDispatchMode,  # a context that sees each operator
