@@ -23,6 +23,21 @@ def pytest_configure() -> None:
     logging.getLogger("torch.__trace").propagate = True
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks `full` those cases of sampled tests that `make test` leaves out."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("full"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for of_test in cases.values():
+        (count,) = of_test[0].get_closest_marker("sampled").args
+        kept = {number * len(of_test) // count for number in range(count)}
+        for number, item in enumerate(of_test):
+            if number not in kept:
+                item.add_marker("full")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A file stays with one worker, for what was captured and compiled; all that uses a pool of ranks, for the pool."""

@@ -24,6 +24,7 @@ cases = pytest.mark.parametrize("name", AUTOENCODERS)
 on_ranks = pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.full)])
 
 
+@pytest.mark.sampled(3)
 @cases
 @on_ranks
 def test_decoding(name: str, ranks: int) -> None:

@@ -68,6 +68,7 @@ def compile_and_call(**options: Any) -> nn.Module:
     return model
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("options, says", OPTIONS, ids=[" ".join(map(repr, given)) for given, _ in OPTIONS])
 def test_options(options: dict[str, Any], says: str) -> None:
     with pytest.raises(OptionError, match=says):

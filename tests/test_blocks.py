@@ -401,6 +401,7 @@ class Doubles(nn.Module):
         return (x[:, length:] if self.text_first else x[:, : image.shape[1]],)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("text_first", [True, False])
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("image, text", [(IMAGE, TEXT), (TEXT, TEXT), (TEXT, IMAGE)])

@@ -93,6 +93,7 @@ def by_hand(name: str, last: int = 0) -> ByHand:
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name, ranks", CASES)
 def test_a_family(name: str, ranks: int) -> None:
     """Computed, skipped, computed; each on every rank, against the model and the formula."""

@@ -126,6 +126,7 @@ def with_trip(where: str) -> nn.Module:
     return compiled(module)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.usefixtures("_repaired")
 @pytest.mark.parametrize("where", ["the first block", "the blocks that are skipped", "after the blocks"])
 def test_a_call_that_fails_leaves_no_state(where: str) -> None:
@@ -156,6 +157,7 @@ def test_a_call_that_fails_leaves_no_state(where: str) -> None:
 # No numbers
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("order", [0, 1])
 def test_what_is_no_number_is_computed_and_never_reused(bad: float, order: int) -> None:

@@ -103,6 +103,7 @@ def streams() -> tuple[Tensor, Tensor]:
 # What it computes
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mesh", MESHES, ids=mesh_name)
 @pytest.mark.parametrize("kernel", ["flash", "math", "function"])
 def test_every_attention_is_computed_by_it(kernel: str, mesh: Mesh) -> None:

@@ -62,6 +62,7 @@ class Attend(nn.Module):
         return merge(F.scaled_dot_product_attention(q, k, v, **self.how, **how))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_self_attention_takes_four_exchanges_and_the_output_one_gather(depth: int, ranks: int) -> None:
@@ -385,6 +386,7 @@ SITUATIONS: list[tuple[Mesh, tuple[int, ...], int, int]] = [
 ALL_SITUATIONS = [(*situation, index % 2 == 0) for index, situation in enumerate(SITUATIONS)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "mesh, lengths, number, batch, boolean",
     quick(ALL_SITUATIONS, *ALL_SITUATIONS[::3]),
@@ -405,6 +407,7 @@ def test_every_form_of_attention_in_every_combination(
     check_forms(mesh, lengths, number, 3 if "batch" in mesh_sizes(mesh) else 2, boolean)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("hidden", [-1e4, torch.finfo(torch.float32).min, -torch.inf])
 @pytest.mark.parametrize("mesh", [{"ulysses": 2}, {"ring": 2}, {"ring": 3}], ids=mesh_name)
 def test_rows_from_which_an_additive_mask_hides_every_key(mesh: Mesh, hidden: float) -> None:
@@ -417,6 +420,7 @@ def test_rows_from_which_an_additive_mask_hides_every_key(mesh: Mesh, hidden: fl
 # The other axes: whole models
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "mesh, collectives, share",
     [
@@ -437,12 +441,14 @@ def test_what_two_blocks_cost_on_a_mesh(mesh: Mesh, collectives: dict[str, int],
     assert sharded.report.notes == ()  # the last gathers are no news
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("tokens", [49, 3, 2])
 @pytest.mark.parametrize("mesh", [{"ulysses": 4}, {"ring": 2, "ulysses": 2}, {"batch": 2, "ring": 2}], ids=mesh_name)
 def test_two_blocks_whose_tokens_do_not_divide(mesh: Mesh, tokens: int) -> None:
     assert_sharded(randomise(Transformer(2)), [draw(BATCH, tokens, 10)], mesh)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "text_first, tokens", [(True, (13, 5)), (False, (13, 5)), (True, (2, 6)), (False, (7, 7))], ids=str
 )
@@ -503,6 +509,7 @@ def test_a_batch_smaller_than_its_axis_is_refused(batch: int, ranks: int) -> Non
     assert "without max_batch_dim_size" in str(caught.value)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "mesh", quick([2, 4, {"ring": 2}, {"ring": 2, "ulysses": 2}], 4, {"ring": 2, "ulysses": 2}), ids=mesh_name
 )
@@ -534,6 +541,7 @@ class Frames(nn.Module):
         return x.unflatten(0, (batch, tokens)).transpose(1, 2)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mesh", [2, {"ring": 3}, {"ring": 2, "ulysses": 2}], ids=mesh_name)
 @pytest.mark.parametrize("frames", [1, 5])
 def test_attention_over_frames_of_which_there_may_be_one(frames: int, mesh: Mesh) -> None:
@@ -668,6 +676,7 @@ def outputs_of(kind: str, x: Tensor, y: Tensor) -> Any:
     }[kind]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "kind",
     ["tuple", "dict", "list with a repeated value", "a value that is also used", "a view of another", "an input"],
@@ -717,6 +726,7 @@ def mutating(read: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Ten
     return call
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mesh", [{"ulysses": 2}, {"ring": 3}], ids=mesh_name)
 @pytest.mark.parametrize(
     "read",
@@ -792,6 +802,7 @@ def written_where(x: Tensor, of: str, value: float | None) -> Tensor:
     return y
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("value", [0.5, None])
 @pytest.mark.parametrize("of", ["tokens", "values"])
 @pytest.mark.parametrize("mesh", [2, {"batch": 2, "ring": 2}], ids=mesh_name)
@@ -826,6 +837,7 @@ NEEDS_POSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mesh", [4, {"ring": 4}, {"ring": 2, "ulysses": 2}], ids=mesh_name)
 @pytest.mark.parametrize("name", NEEDS_POSITIONS)
 def test_a_rank_without_positions_runs_nothing_on_them(name: str, mesh: Mesh) -> None:
@@ -846,6 +858,7 @@ class Flattened(SelfAttention):
         return super().forward(flat.reshape(x.shape), **how)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "middle, gathers", [(torch.sin, 2), (lambda flat: flat.roll(1, 0).sin(), 4)], ids=["sin", "roll"]
 )

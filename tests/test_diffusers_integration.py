@@ -214,6 +214,7 @@ def hits(pipeline: Any) -> dict[str, list[bool]]:
     return {name: [step.hit for step in steps] for name, steps in stats.slots.items()}
 
 
+@pytest.mark.sampled(2)
 def test_steps_are_skipped_in_the_slots_that_one_expects(case: Case) -> None:
     pipeline = fresh(case)
     cached = run(case, pipeline, case.embeds(1), 1)
@@ -266,6 +267,7 @@ def test_state_is_gone_at_the_end(case: Case) -> None:
     assert slots_of(pipeline.transformer) == []
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("inner_steps", [STEPS, 2])
 def test_a_pipeline_that_is_called_in_a_step_of_another(case: Case, inner_steps: int) -> None:
     """With 2 steps it ends at a higher time than the other one goes on at."""

@@ -159,6 +159,7 @@ def test_one_rank_equals_eager(rows: list[list[bool]], batch: int) -> None:
     assert_dropped(randomise(Attend()), [tokens(), torch.tensor(rows)[:batch]])
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("kind", ["rows of different kinds", "one row sees nothing", "all"])
 @pytest.mark.parametrize("batch", [1, BATCH], ids=["one mask for all rows", "a mask for each row"])
 @on_meshes
@@ -250,6 +251,7 @@ def test_masks_as_models_make_them_are_found_once_for_all_attentions(kind: type[
     assert_dropped(model, inputs, attentions=2, masks=1)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", [AsHunyuanVideo, AsQwenImage])
 @on_meshes
 def test_masks_as_models_make_them_on_several_ranks(kind: type[Joint], mesh: Mesh) -> None:

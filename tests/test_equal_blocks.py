@@ -64,6 +64,7 @@ def test_several_constants_in_each_block(depth: int, monkeypatch: pytest.MonkeyP
         assert torch.equal(graph(*of.arguments)[0], of.expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", quick(ALL_FAMILIES, "flux", "hunyuan_video", "mochi"))
 def test_the_same_graph_whether_all_blocks_are_traced_or_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     of = captured(family)
@@ -153,6 +154,7 @@ class Cloned(nn.Module):
         return output
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "model",
     [

@@ -81,6 +81,7 @@ def sent(graph: fx.GraphModule) -> list[torch.dtype]:
     return [node.args[0].meta["val"].dtype for node in nodes]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mesh", MESHES, ids=mesh_name)
 @pytest.mark.parametrize("together", [False, True])
 def test_all_of_attention_travels_so(mesh: Mesh, together: bool) -> None:

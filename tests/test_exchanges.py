@@ -60,6 +60,7 @@ MESHES: dict[str, Mesh] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mesh", quick(MESHES, "3"))
 @pytest.mark.parametrize("name", MODELS)
 def test_as_one_and_apart(name: str, mesh: str) -> None:
@@ -110,6 +111,7 @@ def test_keys_of_other_tokens_go_apart() -> None:
     assert sharded.report.notes == ()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "family, mesh",
     quick(

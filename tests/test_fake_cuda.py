@@ -10,7 +10,6 @@ from typing import Any
 
 import fake_cuda
 import pytest
-from quick import quick
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +56,8 @@ ATTENTIONS = {
 }
 
 
-@pytest.mark.parametrize("model", quick(ATTENTIONS, "hunyuan_video"))
+@pytest.mark.full
+@pytest.mark.parametrize("model", ATTENTIONS)
 def test_graphs_at_real_size(model: str, library: Path) -> None:
     seen = run(library, "graphs", model)
     once, in_steps, masked = ATTENTIONS[model]

@@ -65,6 +65,7 @@ def test_every_rank_gives_the_eager_model_s_output(family: str, ranks: int) -> N
         assert_equal(output, whole.expected)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "family, sizes",
     [

@@ -94,6 +94,7 @@ def test_layout_does_not_matter() -> None:
     assert torch.equal(graph_of(of)(of)[0], graph_of(other)(other)[0])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64, torch.bool], ids=str)
 def test_inductor_computes_the_same(dtype: torch.dtype) -> None:
     of = value(dtype)

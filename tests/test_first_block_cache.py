@@ -60,6 +60,7 @@ def name_of(case: tuple[str, dict[str, int], dict[str, Any]]) -> str:
 # The families
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "case", [*CASES, *(pytest.param(case, marks=pytest.mark.full) for case in FULL)], ids=lambda case: name_of(case)
 )
@@ -405,6 +406,7 @@ def test_the_first_steps_of_each_generation_are_computed() -> None:
     assert hits(graphs_of(warmup_steps=2).run(inputs, ALWAYS)) == "ccsccss"
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "plan, pattern",
     [("1", "cssss"), ("11?1?", "ccscs"), ("?1", "ccsss"), ("1?1?1?1", "cscsc"), ("000", "cssss")],
@@ -657,6 +659,7 @@ KEPT: list[tuple[str, dict[str, int], int, int, int]] = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family, mesh, first, last, streams", KEPT)
 def test_blocks_that_are_kept_at_both_ends(
     family: str, mesh: dict[str, int], first: int, last: int, streams: int
@@ -705,6 +708,7 @@ class SomeSumming(Denoiser):
         return (self.proj_out(x),)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mesh", quick([{"ulysses": 2}, {"batch": 2, "ulysses": 2}], {"ulysses": 2}), ids=mesh_name)
 @pytest.mark.parametrize(
     "which, before", [("sss", True), ("ttt", True), ("tts", False), ("tss", False), ("stt", False), ("sts", True)]
@@ -741,6 +745,7 @@ IMAGE_STREAM = {  # batch, tokens, width
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_two_values_as_large_as_the_image_are_stored(family: str) -> None:
     """The first block's residual, and what the middle added to the image: of the text nothing is read any more."""
@@ -751,6 +756,7 @@ def test_two_values_as_large_as_the_image_are_stored(family: str) -> None:
     assert layout.state_bytes == 2 * FLOAT * batch * tokens * width
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_a_rank_stores_its_own_tokens_only(family: str) -> None:
     batch, tokens, width = IMAGE_STREAM[family]

@@ -266,6 +266,7 @@ def test_rows_and_heads_in_one_dimension_are_heads() -> None:
     assert [operand.meta["val"].shape[:2] for operand in attention.args[:3]] == [(1, BATCH * HEADS)] * 3
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mesh", [2, {"ring": 2}, {"ring": 2, "ulysses": 2}], ids=mesh_name)
 def test_ranks_share_it(mesh: Mesh) -> None:
     sharded = assert_sharded(randomise(Attention(*FORMS.values())), [image_tokens(WIDTH)], mesh)
@@ -310,6 +311,7 @@ def test_a_model_of_diffusers(mesh: dict[str, int]) -> None:
     assert report.flops_rank == of_plain.reports[0].flops_rank
 
 
+@pytest.mark.full
 def test_under_inductor_with_the_cache() -> None:
     """As a user first runs it: batch 1, the default compiler, blocks skipped."""
     model = randomise(Denoiser(3, block=Block))

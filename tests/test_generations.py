@@ -67,6 +67,7 @@ def test_which_models_have_a_cache_context(family: str) -> None:
     assert isinstance(build(family), CacheMixin) == (family not in WITHOUT_CONTEXT)
 
 
+@pytest.mark.sampled(2)
 @all_namings
 def test_steps_are_skipped_and_it_shows(family: str, naming: str) -> None:
     skip_without_context(family, naming)
@@ -82,6 +83,7 @@ def test_steps_are_skipped_and_it_shows(family: str, naming: str) -> None:
     assert (result - computed).abs().max() > 1e-3 * computed.abs().max()
 
 
+@pytest.mark.sampled(4)
 @all_namings
 @pytest.mark.parametrize("same", [True, False], ids=["same prompts", "other prompts"])
 def test_after_a_whole_generation(family: str, naming: str, same: bool) -> None:
@@ -92,6 +94,7 @@ def test_after_a_whole_generation(family: str, naming: str, same: bool) -> None:
     assert cache_stats(model).hits >= 2 * sum(hits_of(naming))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_families_after_a_whole_generation(name: str) -> None:
     torch._dynamo.reset()
@@ -101,6 +104,7 @@ def test_other_families_after_a_whole_generation(name: str) -> None:
     assert cache_stats(model).hits >= 2 * sum(HITS)  # diffusers forgets at the beginning of a generation
 
 
+@pytest.mark.sampled(8)
 @all_namings
 @pytest.mark.parametrize("cut", [(0, "uncond"), (1, "cond"), (2, "cond"), (2, "uncond")], ids=str)
 def test_after_one_that_was_cut_off(family: str, naming: str, cut: tuple[int, str]) -> None:

@@ -182,6 +182,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.sampled(26)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_layer_on_rows(layer: str, ranks: int) -> None:
@@ -189,6 +190,7 @@ def test_a_layer_on_rows(layer: str, ranks: int) -> None:
     assert sharded.plan.cuts
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "seed", [pytest.param(seed, marks=pytest.mark.full if seed >= 8 else ()) for seed in range(60)]
 )

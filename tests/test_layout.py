@@ -281,6 +281,7 @@ class Joined(nn.Module):
         return tuple(self.out(part) for part in x.split(lengths, dim=1))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "lengths, order, apart, expected",
     [
@@ -343,6 +344,7 @@ def test_a_slice_in_the_middle_cuts_the_whole_sequence_at_its_edges() -> None:
     assert sharded.report.notes == ()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "middle",
     [
@@ -401,6 +403,7 @@ MISALIGNED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", MISALIGNED)
 def test_windows_that_do_not_align_are_gathered(name: str, ranks: int) -> None:
@@ -881,6 +884,7 @@ def _set_token(x: Tensor) -> Tensor:
     return x
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", MIXING)
 def test_what_needs_all_tokens_in_the_middle_of_a_block(name: str) -> None:
     """It is gathered and right; everything around it is cut; the report has a note with the line."""

@@ -43,6 +43,7 @@ def check(family: str, mesh: dict[str, int], **sizes: Any) -> None:
         assert_equal(output, whole.expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "family, mesh",
     quick(
@@ -77,6 +78,7 @@ def test_the_image_conditions_of_hunyuan_video(condition: str) -> None:
     check("hunyuan_video", MESHES["unified"], condition=condition)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "family, mesh",
     quick(

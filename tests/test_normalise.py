@@ -737,6 +737,7 @@ def test_a_quantised_linear_stays_one_node(quantised: nn.Module) -> None:
     assert not any("mm" in target or "quant" in target for target in targets(graph))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_a_quantised_model_keeps_its_result(quantised: nn.Module, compiler: str, mode: Callable[[], Any]) -> None:

@@ -176,6 +176,7 @@ def test_ranks_share_a_graph_of_numbers(mesh: Mesh) -> None:
 OPTIONS: list[dict[str, Any]] = [{}, {"rdt": 1e-9}, {"rdt": 1e-9, "verify": True}]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "options, compiler",
     quick(

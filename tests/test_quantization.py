@@ -103,6 +103,7 @@ MESHES: list[Any] = [2, 3, {"batch": 2, "ulysses": 2}]
 RING: dict[str, int] = {"ring": 2, "ulysses": 2}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mesh", quick(MESHES, 2, {"batch": 2, "ulysses": 2}), ids=mesh_name)
 @pytest.mark.parametrize("kind", [*KINDS, "float8, by row"])
 def test_ranks_give_what_one_gives_and_exchange_nothing_for_it(kind: str, mesh: Any) -> None:
@@ -114,6 +115,7 @@ def test_ranks_give_what_one_gives_and_exchange_nothing_for_it(kind: str, mesh: 
     assert "all_reduce" not in sharded.collectives
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mesh", quick(MESHES, 2, {"batch": 2, "ulysses": 2}), ids=mesh_name)
 @pytest.mark.parametrize("kind", BY_TENSOR)
 def test_one_scale_for_all_tokens_is_of_all_ranks_tokens(kind: str, mesh: Any) -> None:

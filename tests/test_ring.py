@@ -254,6 +254,7 @@ def test_queries_keys_and_values_that_lie_interleaved_go_around_the_ring() -> No
     assert_sharded(model, [image_tokens(WIDTH), weight], {"ring": 2})
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "mesh",
     [{"ring": 2}, {"ulysses": 2}, {"ring": 2, "ulysses": 2}, {"batch": 2}, {"batch": 2, "ring": 2}],

@@ -235,6 +235,7 @@ def regions(gm: fx.GraphModule) -> list[list[fx.Node]]:
     return found
 
 
+@pytest.mark.sampled(4)
 @every_mesh
 @every_model
 def test_only_what_a_start_needs_comes_between_it_and_the_one_before(name: str, mesh: Mesh) -> None:

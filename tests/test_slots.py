@@ -320,6 +320,7 @@ def test_state_of_a_conditioning_that_is_gone_goes_with_the_next() -> None:
     assert freed(kept)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "ending, naming",
     quick(

@@ -163,6 +163,7 @@ def test_it_becomes_one_masked_attention_for_all_selections(batch: int) -> None:
     assert_static(graph)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rows", [ROWS["last ones, and scattered"], ROWS["none, and scattered"]], ids=["some", "none"])
 @on_two_ranks
 def test_two_ranks_equal_eager(mesh: Mesh, rows: list[list[bool]]) -> None:

@@ -59,6 +59,7 @@ def by_formula(model: nn.Module) -> Tensor:
     return model.proj_out(exits[1][0] + (exits[0][-1] - exits[0][0]))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", quick([torch.no_grad, torch.inference_mode], torch.inference_mode))
 @pytest.mark.parametrize(
     "place, kind", [*((place, KINDS[0]) for place in PLACES), ("all blocks", KINDS[1])], ids=lambda given: given

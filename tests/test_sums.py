@@ -83,6 +83,7 @@ def model(middle: Callable[[Tensor], Tensor]) -> nn.Module:
     return randomise(Transformer(2, middle=middle))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "mesh", quick([2, 3, {"ring": 2, "ulysses": 2}, {"batch": 2, "ulysses": 2}], {"batch": 2, "ulysses": 2}), ids=str
 )
