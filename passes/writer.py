@@ -33,7 +33,7 @@ class GraphWriter:
         self.graph = fx.Graph() if graph is None else graph
         self.origin: fx.Node | None = None
         self._fake_mode = fake_mode
-        self._known = _known_in(fake_mode)
+        self._known: dict[str, Any] = {}
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Appends `target(*args, **kwargs)`; nodes among the arguments stand for their values."""
@@ -44,7 +44,7 @@ class GraphWriter:
         return node
 
     def _evaluate(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What `target` makes of fake tensors; of equal blocks, and of ranks with equal parts, it is computed once.
+        """What `target` makes of fake tensors; of equal blocks it is computed once.
 
         A size that only the data tells is a new symbol each time.
         """
@@ -69,12 +69,6 @@ class GraphWriter:
     def _mark(self, node: fx.Node) -> None:
         if self.origin is not None:
             node.meta.update({key: self.origin.meta[key] for key in PROVENANCE if key in self.origin.meta})
-
-
-def _known_in(fake_mode: FakeTensorMode) -> dict[str, Any]:
-    """What was computed in a mode, by `_evaluate`'s key; it goes with the mode."""
-    known: dict[str, Any] = vars(fake_mode).setdefault("paracompile_known", {})
-    return known
 
 
 def _look(argument: Any) -> Any:

@@ -6,14 +6,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
+from unittest import mock
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import fx
 
 from paracompile import passes as source
 from paracompile.mesh import Ranks
 from paracompile.passes import Found, pipeline, run_passes
-from paracompile.torch_private import LazyGraphModule, parameter_sources, set_parameter_sources, set_source, source_of
+from paracompile.passes.writer import GraphWriter
+from paracompile.torch_private import (
+    FakeTensorMode,
+    LazyGraphModule,
+    parameter_sources,
+    set_parameter_sources,
+    set_source,
+    source_of,
+)
 
 _normalised: WeakKeyDictionary[fx.GraphModule, fx.GraphModule] = WeakKeyDictionary()
 
@@ -70,13 +80,28 @@ def of_all_ranks(
     start = names.index("lower")
     shared = run_passes(gm, example_inputs, first[:start], after=after)
     graphs, founds = [], []
+    are_open = any(isinstance(value, torch.SymInt) for value in example_inputs)  # then evaluating guards sizes, too
+    writer = GraphWriter if are_open else _sharing_what_is_known()
     for rank in range(prod(mesh.values())):
         own = replace(found)
         passes = pipeline(Ranks.simulated(**mesh, rank=rank), found=own, **how)
         graph = shared
-        for step in passes[start:]:  # their contracts are those of the whole list
-            graph = step.run(graph, example_inputs)
+        with mock.patch.dict(source.lower.__globals__, GraphWriter=writer):
+            for step in passes[start:]:  # their contracts are those of the whole list
+                graph = step.run(graph, example_inputs)
         graph.graph.lint()
         graphs.append(graph)
         founds.append(own)
     return OfRanks(shared, graphs, founds)
+
+
+def _sharing_what_is_known() -> type[GraphWriter]:
+    """Writers that share what they computed: of equal parts of several ranks it is the same."""
+    known: dict[str, Any] = {}
+
+    class Writer(GraphWriter):
+        def __init__(self, fake_mode: FakeTensorMode, graph: fx.Graph | None = None) -> None:
+            super().__init__(fake_mode, graph)
+            self._known = known
+
+    return Writer
