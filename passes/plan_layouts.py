@@ -37,8 +37,8 @@ from paracompile.patterns.rules import rule_for
 _IMAGES = Machine(start=3e-4)
 """A decoder at its real size computes longer than a step of a transformer, and exchanges often, and little."""
 _WORTH_ROWS = 0.05
-"""The share of a model's products that tokens one by one leave whole, from which on it is worth to fix open sizes for
-others."""
+"""The share of a model's products that tokens one by one leave whole on their way, from which on rows and the like are
+tried, for which open sizes are fixed."""
 _WORTH_SHARING = 0.5
 """The least share of a model's products that must be cut where its largest attention cannot be."""
 
@@ -99,17 +99,18 @@ def _plan_of_tokens(gm: fx.GraphModule, axis: Axis, found: Found) -> Plan:
 
 
 def _stops_at_windows(plan: Plan) -> bool:
-    """Whether convolutions on the way of the tokens reach over to neighbours, so that much around them is whole."""
-    whole = [operation for operation in plan.operations if operation not in plan.cuts]
-    if sum(map(flops_of, whole)) < _WORTH_ROWS * sum(map(flops_of, plan.operations)):
-        return False
+    """Whether convolutions on the way of the tokens reach over to neighbours, so that much of the way is whole."""
     on_the_way: set[fx.Node] = set()
+    whole = []
     for operation in plan.operations:
-        if operation in plan.cuts or any(value.node in on_the_way for value in operation.operands):
-            if operation not in plan.cuts and mixes_neighbours(operation):
-                return True
+        if operation in plan.cuts:
             on_the_way.add(operation.node)
-    return False
+        elif any(value.node in on_the_way for value in operation.operands):
+            on_the_way.add(operation.node)
+            whole.append(operation)
+    if not any(map(mixes_neighbours, whole)):
+        return False
+    return sum(map(flops_of, whole)) > _WORTH_ROWS * sum(map(flops_of, plan.operations))
 
 
 def _spatial_plans(
