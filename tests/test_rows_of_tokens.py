@@ -5,6 +5,8 @@ Small models are too narrow for that, as more is carried than computed; so ranks
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,27 +14,41 @@ from all_ranks import of_all_ranks
 from by_hand import ByHand, check_generation
 from cached import cached
 from capture import capture
+from fast_links import fast_links
 from more_families import MORE_FAMILIES
 from quick import quick
 from random_tensors import draw, randomise
-from small_models import BATCH, Mesh, assert_sharded, heads, merge, mesh_name
+from small_models import (
+    BATCH,
+    IMAGE,
+    WIDTH,
+    Mesh,
+    SelfAttention,
+    Transformer,
+    assert_sharded,
+    heads,
+    merge,
+    mesh_name,
+    shard,
+)
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from paracompile.layout.boundaries import Machine
+from paracompile.layout.costs import cost_of
 from paracompile.mesh import Ranks
-from paracompile.passes import plan_layouts as the_pass
+from paracompile.patterns.flops import flops_of
 from paracompile.report.report import report_of
 
-ROWS, COLUMNS, WIDTH = 6, 8, 72
+ROWS, COLUMNS = 6, 8
 MESHES: list[Mesh] = [2, 3, {"ring": 2, "ulysses": 2}, {"batch": 2, "ulysses": 2}]
 TOKENS = {"sana": (48, 48), "sana_video": (72, 72)}
-FAST = Machine(link=1e15, start=1e-5)
 
 
-@pytest.fixture
-def fast_links(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(the_pass.__globals__, "Machine", lambda: FAST)
+@pytest.fixture(name="fast_links")
+def _fast_links() -> Iterator[None]:
+    with fast_links():
+        yield
 
 
 class Block(nn.Module):
@@ -105,6 +121,17 @@ def test_what_is_cut(dims: tuple[int, ...], kernel: tuple[int, ...], cut: str) -
     assert sharded.report.dimension == cut
 
 
+@pytest.mark.usefixtures("fast_links")
+@pytest.mark.parametrize("mesh", [2, {"batch": 2, "ulysses": 2}], ids=mesh_name)
+def test_what_is_padded_beside_a_convolution_is_padded_in_its_window(mesh: Mesh) -> None:
+    model = Model(ROWS, COLUMNS)
+    for block in model.blocks:
+        block.depth = nn.Sequential(nn.ReplicationPad2d(1), nn.Conv2d(3 * WIDTH, 3 * WIDTH, 3, groups=3 * WIDTH))
+    sharded = assert_sharded(randomise(model), inputs(ROWS, COLUMNS), mesh, tolerance=5e-6)
+    assert sharded.report.dimension is not None
+    assert sharded.collectives["all_to_all_single"] == 2
+
+
 def test_a_small_model_s_tokens_are_cut_one_by_one() -> None:
     sharded = assert_sharded(randomise(Model(ROWS, COLUMNS)), inputs(ROWS, COLUMNS), 2, tolerance=5e-6)
     assert sharded.report.dimension is None
@@ -145,3 +172,22 @@ def test_a_family_with_blocks_skipped(name: str, ranks: int) -> None:
     check_generation(graphs, ByHand(of, family.lists, family.image), change=family.change)
     stored = [[value.shape[:-1].numel() for value in layout.state] for layout in graphs.layouts]
     assert [BATCH * of_all for of_all in TOKENS[name]] == [sum(parts) for parts in zip(*stored, strict=True)]
+
+
+def test_a_plan_s_cost_counts_what_attention_exchanges() -> None:
+    """Queries, keys, values and results: the ranks' parts of each. The output's gather stands in the graph by now."""
+    plan = shard(Transformer(), [draw(BATCH, IMAGE, 10)], 2).plan
+    assert cost_of(plan, flops_of, 2, Machine()).bytes == 4 * BATCH * IMAGE * WIDTH * 4 // 2
+
+
+@pytest.mark.usefixtures("fast_links")
+def test_what_is_whole_beside_the_tokens_is_no_reason() -> None:
+    """A convolution on their way that little depends on, however much a text has to itself."""
+    block, text = randomise(SelfAttention()), randomise(nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(9))))
+
+    def model(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = block(x)
+        return x + F.conv1d(x.mT, torch.ones(WIDTH, 1, 3), padding=1, groups=WIDTH).mT, text(y)
+
+    sharded = assert_sharded(model, [draw(BATCH, IMAGE, WIDTH), draw(BATCH, IMAGE, WIDTH, seed=2)], 2)
+    assert sharded.report.dimension is None
