@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 from collections.abc import Iterator
@@ -10,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from quick_compiles import quick_compiles
 from torch._C._dynamo.guards import GlobalStateGuard
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(1)  # two threads of one core are slower than one
-    gc.set_threshold(100_000, 20, 20)  # graphs are many objects, which each collection looks at
-    torch._dynamo.config.run_gc_after_compile = False
-    # With the CPU's caches flushed, it times guards once for each graph, for a log that no test reads.
-    torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
     # pytest gives every logger that does not propagate a handler, for which this one would write down each compile
     logging.getLogger("torch.__trace").propagate = True
+
+
+def pytest_collection_finish() -> None:
+    quick_compiles()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -60,6 +60,7 @@ def test_without_rdt_there_is_no_trace() -> None:
     assert slots_of(model) == []
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_under_aot_eager_it_is_the_same() -> None:
     of = prompts("wan")
@@ -157,7 +158,7 @@ def test_a_call_that_fails_leaves_no_state(where: str) -> None:
 # No numbers
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("order", [0, 1])
 def test_what_is_no_number_is_computed_and_never_reused(bad: float, order: int) -> None:
@@ -181,6 +182,7 @@ def test_what_is_no_number_is_computed_and_never_reused(bad: float, order: int) 
 # What is declined
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("of", ["the weights", "the input"])
 def test_wanted_gradients_are_declined_on_one_rank_too(of: str) -> None:
     module, given = build("wan"), prompts("wan")

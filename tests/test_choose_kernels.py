@@ -103,7 +103,7 @@ def streams() -> tuple[Tensor, Tensor]:
 # What it computes
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mesh", MESHES, ids=mesh_name)
 @pytest.mark.parametrize("kernel", ["flash", "math", "function"])
 def test_every_attention_is_computed_by_it(kernel: str, mesh: Mesh) -> None:
@@ -141,6 +141,7 @@ def padded() -> tuple[Tensor, ...]:
     return draw(BATCH, TOKENS, WIDTH), mask, visible
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mesh", [2, {"ring": 2}], ids=mesh_name)
 @pytest.mark.parametrize("drop_keys", [True, False])
 def test_masks(mesh: Mesh, drop_keys: bool) -> None:

@@ -65,7 +65,7 @@ def test_several_constants_in_each_block(depth: int, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("family", quick(ALL_FAMILIES, "flux", "hunyuan_video", "mochi"))
+@pytest.mark.parametrize("family", quick(ALL_FAMILIES, "flux", "mochi"))
 def test_the_same_graph_whether_all_blocks_are_traced_or_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     of = captured(family)
     folded, traced = both(of, monkeypatch)

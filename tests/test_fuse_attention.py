@@ -266,7 +266,7 @@ def test_rows_and_heads_in_one_dimension_are_heads() -> None:
     assert [operand.meta["val"].shape[:2] for operand in attention.args[:3]] == [(1, BATCH * HEADS)] * 3
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("mesh", [2, {"ring": 2}, {"ring": 2, "ulysses": 2}], ids=mesh_name)
 def test_ranks_share_it(mesh: Mesh) -> None:
     sharded = assert_sharded(randomise(Attention(*FORMS.values())), [image_tokens(WIDTH)], mesh)
@@ -295,6 +295,7 @@ def pixart_by_hand() -> tuple[nn.Module, dict[str, Any]]:
     return model, inputs
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("mesh", [{"ulysses": 2}, {"ring": 2}], ids=mesh_name)
 def test_a_model_of_diffusers(mesh: dict[str, int]) -> None:
     """PixArt with diffusers' first attention processor: baddbmm, a mask of the text, rows and heads in one."""

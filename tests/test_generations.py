@@ -67,7 +67,7 @@ def test_which_models_have_a_cache_context(family: str) -> None:
     assert isinstance(build(family), CacheMixin) == (family not in WITHOUT_CONTEXT)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @all_namings
 def test_steps_are_skipped_and_it_shows(family: str, naming: str) -> None:
     skip_without_context(family, naming)
@@ -94,7 +94,7 @@ def test_after_a_whole_generation(family: str, naming: str, same: bool) -> None:
     assert cache_stats(model).hits >= 2 * sum(hits_of(naming))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_families_after_a_whole_generation(name: str) -> None:
     torch._dynamo.reset()

@@ -316,6 +316,7 @@ class Within(Block):
             return super().forward(x)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("start, end", [(0, 4), (1, 4)])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_autocast_around_all_that_may_be_skipped(start: int, end: int, ranks: int) -> None:

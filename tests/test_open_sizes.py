@@ -204,7 +204,7 @@ def test_one_rank_with_a_cache(family: str) -> None:
 MESHES = {"two": {"ulysses": 2}, "four": {"ring": 2, "ulysses": 2}, "a ring": {"ring": 2}}
 
 
-@pytest.mark.parametrize("family, mesh", quick(product(FAMILIES, MESHES), ("qwen_image", "two")))
+@pytest.mark.parametrize("family, mesh", quick(product(FAMILIES, MESHES), ("wan", "two")))
 def test_several_ranks(family: str, mesh: str) -> None:
     check_all_sizes(family, in_lockstep(MESHES[mesh]))
 

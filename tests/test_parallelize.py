@@ -187,6 +187,7 @@ def test_adapters_that_are_swapped_compile_nothing(tmp_path: Path) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("offloaded_first", [True, False])
 def test_a_transformer_that_is_offloaded_as_a_whole_skips(offloaded_first: bool) -> None:
     """What `enable_model_cpu_offload` does, to a device that is here."""

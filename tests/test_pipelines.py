@@ -159,6 +159,7 @@ CHANGED_ON_THE_WAY = {
 }
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", CHANGED_ON_THE_WAY)
 def test_a_prompt_that_a_callback_changes_is_seen(name: str) -> None:
     def change(pipeline: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -182,6 +183,7 @@ torch.save(generate(entry, compiled(entry, build(name)), 1), file)
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("ran", marked(IN_A_FRESH_PROCESS), indirect=True)
 def test_a_generation_is_the_same_in_a_fresh_process(ran: Ran, tmp_path: Path) -> None:
     """As after two others in this one."""

@@ -195,6 +195,7 @@ def test_in_a_ring_the_next_keys_travel_while_attention_runs_on_the_present_ones
         assert events(after).index("start to_k") < events(after).index("to_q")  # queries do not travel in a ring
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("mesh", MESHES[1:], ids=mesh_name)
 def test_every_next_exchange_of_a_ring_is_around_a_step(mesh: Mesh) -> None:
     ring = mesh_sizes(mesh)["ring"]
@@ -235,7 +236,7 @@ def regions(gm: fx.GraphModule) -> list[list[fx.Node]]:
     return found
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @every_mesh
 @every_model
 def test_only_what_a_start_needs_comes_between_it_and_the_one_before(name: str, mesh: Mesh) -> None:
@@ -249,6 +250,7 @@ def test_only_what_a_start_needs_comes_between_it_and_the_one_before(name: str, 
                 since = []
 
 
+@pytest.mark.sampled(5)
 @every_mesh
 @every_model
 def test_what_follows_a_wait_uses_it(name: str, mesh: Mesh) -> None:

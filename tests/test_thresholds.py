@@ -143,6 +143,7 @@ def test_zero_equals_a_graph_without_a_cache_bit_for_bit(family: str) -> None:
     assert torch.equal(computed, generate(plain, of))
 
 
+@pytest.mark.full
 def test_before_the_first_call_and_again_after_dynamo_was_reset() -> None:
     model, of = compiled(build("wan")), prompts("wan")
     set_rdt(model, 0)
@@ -153,6 +154,7 @@ def test_before_the_first_call_and_again_after_dynamo_was_reset() -> None:
         torch._dynamo.reset()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("given", ["the compiled module", "the model"])
 def test_either_may_be_given(given: str) -> None:
     module = build("wan")

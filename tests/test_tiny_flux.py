@@ -181,6 +181,7 @@ def weights(pipeline: FluxPipeline) -> list[torch.Tensor]:
     return [tensor for part in parts for tensor in part.state_dict().values()]
 
 
+@pytest.mark.full
 def test_training_resumes_to_the_same_bits(tmp_path: Path) -> None:
     straight = train.make_pipeline(SHORT, train.Run(checkpoints=tmp_path / "straight"))
 

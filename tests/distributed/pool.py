@@ -1,15 +1,16 @@
 """A pool of real processes with a gloo process group, kept for the whole test session.
 
-A process that imports torch costs seconds, so the pool starts when the first test asks for it and serves all of them:
+To import torch and diffusers takes ten seconds, so one process does it, from which all workers are forked. A pool
+starts when the first test asks for it and serves all of them:
 
     def sums(rank: int, scale: float) -> float: ...        # module level: workers import it by name
 
     def test_sums(two_ranks): assert two_ranks.run(sums, 2.0) == [3.0, 3.0]
 
-The workers are spawned, not forked, and inherit the parent's `sys.path`, so a test module is importable there under the
-name that pytest gave it. The store that the ranks meet through lives in the parent: no free port to guess, and it
-outlives any worker. A pool in which anything failed is thrown away, because a process group in which one rank raised
-and another waits is of no further use; the next `run` starts a new one.
+The workers inherit the parent's `sys.path`, so a test module is importable there under the name that pytest gave it.
+The store that the ranks meet through lives in the parent: no free port to guess, and it outlives any worker. A pool
+in which anything failed is thrown away, because a process group in which one rank raised and another waits is of no
+further use; the next `run` starts a new one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,14 @@ TIMEOUT = 240.0  # seconds that `run` waits for all ranks
 GROUP_TIMEOUT = 120.0  # seconds that a collective waits
 START_TIMEOUT = 120.0  # seconds to import torch and meet
 GRACE = 20.0  # seconds that the others get to answer after one rank has failed
+
+IMPORTED = [
+    "torch._inductor.compile_fx",
+    "torchao.quantization",
+    "diffusers.models.transformers.transformer_flux",
+    "diffusers.pipelines.pipeline_utils",
+]
+"""Before the workers are forked. Nothing that starts a thread: `paracompile.backend` does."""
 
 
 class PoolError(AssertionError):
@@ -92,7 +101,8 @@ class Pool:
         from torch.distributed import TCPStore
 
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
         for rank in range(self.size):
             here, there = context.Pipe()
             arguments = (rank, self.size, self._store.port, there)
@@ -153,20 +163,14 @@ def _work(rank: int, size: int, port: int, pipe: Connection) -> None:
     import faulthandler
 
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    # Read when torch and Inductor are loaded. Two cores are shared by up to four workers, and the sandbox may have no
-    # address for its host name.
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(size),
-        OMP_NUM_THREADS="1",
-        TORCHINDUCTOR_COMPILE_THREADS="1",
-        GLOO_SOCKET_IFNAME="lo",
-    )
+    # The sandbox may have no address for its host name.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), GLOO_SOCKET_IFNAME="lo")
     from datetime import timedelta
 
     import torch
+    import torch._inductor.config
     import torch.distributed as dist
+    from quick_compiles import quick_compiles
 
     def answer(function: Callable[[], Any]) -> None:
         try:
@@ -176,7 +180,8 @@ def _work(rank: int, size: int, port: int, pipe: Connection) -> None:
         pipe.send_bytes(message)
 
     def meet() -> None:
-        torch.set_num_threads(1)
+        quick_compiles()
+        torch._inductor.config.compile_threads = 1  # two cores are shared by up to four workers
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=GROUP_TIMEOUT))
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=GROUP_TIMEOUT)

@@ -43,7 +43,7 @@ def check(pool: Pool, family: str, compiler: str, numbers: list[int], *, most: i
         assert max(deviations) <= 1
 
 
-@pytest.mark.parametrize("family", quick(FAMILIES, "flux"))
+@pytest.mark.parametrize("family", quick(FAMILIES, "wan"))
 def test_two_ranks(family: str, two_ranks: Pool) -> None:
     check(two_ranks, family, "eager", list(range(4)), most=2)
 
