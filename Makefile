@@ -7,8 +7,8 @@ GPU_ARGS ?=
 WHEELS_FOR ?= 3.12
 # tests/conftest.py says which tests stay with one worker, and why.
 WORKERS ?= 2
-# The marks of tests that make test leaves out, as pytest takes them: "full or slow" is quicker still.
-WITHOUT ?= full
+# The marks of tests that make test leaves out, as pytest takes them; .ci/run leaves out "full" only.
+WITHOUT ?= full or slow
 PYTEST_ARGS ?=
 
 VENV := .venv

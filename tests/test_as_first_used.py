@@ -8,8 +8,6 @@ from as_used import EVERYTHING, build, largest_difference, steps
 from families import ALL_FAMILIES
 from quick import quick
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize("family", quick(ALL_FAMILIES, "wan"))
 def test_computed_and_skipped_steps(family: str) -> None:

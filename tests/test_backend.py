@@ -182,6 +182,7 @@ assert not [name for name in sys.modules if name.partition(".")[0] == "paracompi
 """
 
 
+@pytest.mark.slow
 def test_the_name_is_known_without_an_import() -> None:
     subprocess.run([sys.executable, "-c", LISTED], check=True, cwd="/")
 
@@ -295,6 +296,7 @@ PASSES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_ranks")
 def test_dump_and_report_of_a_sharded_model_graph_by_graph(tmp_path: Path) -> None:
     reports: list[Report] = []

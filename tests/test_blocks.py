@@ -97,6 +97,7 @@ def test_the_blocks_and_the_stream_of_a_family(family: str) -> None:
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", ["stable_diffusion_3", "mochi", "qwen_image"])
 def test_a_last_block_that_drops_the_text_is_one_of_the_blocks(family: str) -> None:
@@ -104,6 +105,7 @@ def test_a_last_block_that_drops_the_text_is_one_of_the_blocks(family: str) -> N
     assert len(blocks[-1].nodes) < len(blocks[-2].nodes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, sizes",
     quick([("flux", {"image": (2, 3)}), ("hunyuan_video", {"size": (1, 4, 6)})], ("flux", {"image": (2, 3)})),
@@ -327,6 +329,7 @@ def test_blocks_that_take_turns() -> None:
     assert shape_of(brought_back(stream, first=1, end=5)[-1]) == twelfth
 
 
+@pytest.mark.slow
 def test_blocks_that_take_turns_on_as_many_frames_as_tokens() -> None:
     """The shapes are then equal and the order is not: what leaves is no residual of what entered until brought back."""
     side = 6

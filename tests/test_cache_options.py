@@ -134,6 +134,7 @@ def first_call(**options: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_more_blocks_than_the_model_has() -> None:
     assert "'first_blocks' = 3: the model has 3 blocks, blocks.0 to blocks.2" in first_call(first_blocks=3)
     assert "'last_blocks' = 2: the model has 3 blocks, blocks.0 to blocks.2" in first_call(last_blocks=2)

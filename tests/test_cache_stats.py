@@ -139,6 +139,7 @@ def test_they_stay_readable_until_the_next_call(model: nn.Module) -> None:
     assert steps(cache_stats(model)) == {"cond": 1, "uncond": 1}
 
 
+@pytest.mark.slow
 def test_of_a_generation_that_is_cut_off_what_it_did(model: nn.Module) -> None:
     reset_cache(model)
     with pytest.raises(Cut):

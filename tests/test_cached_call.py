@@ -72,6 +72,7 @@ def test_under_aot_eager_it_is_the_same() -> None:
     assert (traced - eager).abs().max() < 1e-4 * eager.abs().max()
 
 
+@pytest.mark.slow
 def test_inference_mode_and_no_grad_in_turn() -> None:
     """State is made outside inference mode, so that either may write to it."""
     model, of = compiled(build("wan")), prompts("wan")
@@ -158,6 +159,7 @@ def test_a_call_that_fails_leaves_no_state(where: str) -> None:
 # No numbers
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("order", [0, 1])
@@ -182,6 +184,7 @@ def test_what_is_no_number_is_computed_and_never_reused(bad: float, order: int) 
 # What is declined
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("of", ["the weights", "the input"])
 def test_wanted_gradients_are_declined_on_one_rank_too(of: str) -> None:
@@ -239,6 +242,7 @@ def test_a_model_with_blocks_is_not() -> None:
         next(steps_of(compiled(build("wan")), prompts("wan")))
 
 
+@pytest.mark.slow
 def test_a_threshold_that_was_set_ends_where_the_model_is_compiled_with_another() -> None:
     module, of = build("wan"), prompts("wan")
     model = compiled(module)

@@ -163,6 +163,7 @@ def test_a_ring_needs_the_lse() -> None:
     assert any("it is in a ring, and the function takes no `return_lse`" in note for note in report.notes)
 
 
+@pytest.mark.slow
 def test_flex_attention() -> None:
     """Compiled by itself, with a mask and without."""
     query, key, value = (draw(2, 3, tokens, 16) for tokens in (20, 33, 33))
@@ -198,6 +199,7 @@ def test_a_function_that_makes_another_shape_is_told() -> None:
 # As a user runs it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", quick(["eager", "inductor"], "eager"))
 def test_as_an_option(compiler: str) -> None:
     """Batch 1, the cache on, computed and skipped."""

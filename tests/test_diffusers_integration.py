@@ -324,6 +324,7 @@ def test_a_bar_that_is_never_closed_ends_its_generation_when_it_is_gone() -> Non
         assert current_generation().outer is None
 
 
+@pytest.mark.slow
 def test_a_prompt_of_words_and_less_noise() -> None:
     """img2img starts in the middle of the times; the prompts are encoded anew at each call."""
     case = CASES["FLUX img2img"]
@@ -374,6 +375,7 @@ GUIDED: dict[str, tuple[dict[str, Any], dict[str, list[bool]]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", quick(GUIDED, *list(GUIDED)[:1]))
 def test_passes_that_come_and_go(kind: str) -> None:
     """Stable Diffusion 3 names nothing; computed it is the plain picture, cached it is the same each time."""
@@ -429,6 +431,7 @@ def test_a_diffusers_that_lost_what_is_listened_to_is_told_of() -> None:
         diffusers_integration._wrap(module)
 
 
+@pytest.mark.slow
 def test_diffusers_may_be_imported_after_the_backend() -> None:
     subprocess.run([sys.executable, "-c", LATE], check=True, capture_output=True)
 
@@ -511,6 +514,7 @@ def _sources(folder: str) -> Iterator[tuple[str, str]]:
         yield file.relative_to(root).as_posix(), file.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_every_loop_of_diffusers_begins_with_a_progress_bar() -> None:
     """But those named above, all of which still exist."""
     found = {

@@ -1,6 +1,6 @@
 """The examples as their user runs them: each script in processes of its own, and what it shows is checked.
 
-In `make test` three of them; in `make test-all` each, as one process and as two.
+Continuous integration runs one; `make test-all` each, as one process and as two.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def check(name: str, shown: Shown, *, ranks: int, runs: int = 3) -> None:
         assert frames[0].shape == (size[1] // 2 * 2, size[0] // 2 * 2, 3)
 
 
-# In `make test`
+# With some of their flags
 
 
 @pytest.mark.full
@@ -136,6 +136,7 @@ def test_a_video_by_two_transformers(tmp_path: Path) -> None:
     assert shown.hits > 5
 
 
+@pytest.mark.slow
 def test_quantised_and_without_the_cache(tmp_path: Path) -> None:
     shown = shown_by("sd3", tmp_path, "--quantize", "int8", "--rdt", "0", "--steps", "6", "--compiler", "eager")
     check("sd3", shown, ranks=1, runs=2)
@@ -144,7 +145,7 @@ def test_quantised_and_without_the_cache(tmp_path: Path) -> None:
     assert not any(name.startswith("hits") for name in shown.rows)
 
 
-# In `make test-all`
+# Each of them
 
 
 @pytest.mark.full

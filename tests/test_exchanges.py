@@ -111,6 +111,7 @@ def test_keys_of_other_tokens_go_apart() -> None:
     assert sharded.report.notes == ()
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "family, mesh",

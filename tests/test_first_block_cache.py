@@ -659,6 +659,7 @@ KEPT: list[tuple[str, dict[str, int], int, int, int]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("family, mesh, first, last, streams", KEPT)
 def test_blocks_that_are_kept_at_both_ends(
@@ -765,6 +766,7 @@ def test_a_rank_stores_its_own_tokens_only(family: str) -> None:
         assert layout.state_bytes == FLOAT * batch * tokens * width
 
 
+@pytest.mark.slow
 def test_bytes_of_uneven_shares() -> None:
     """35 image tokens after 13 of text; two tokens for three ranks."""
     uneven = cached_family("flux", {"ulysses": 2}, UNEVEN["flux"]).layouts

@@ -295,6 +295,7 @@ def pixart_by_hand() -> tuple[nn.Module, dict[str, Any]]:
     return model, inputs
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("mesh", [{"ulysses": 2}, {"ring": 2}], ids=mesh_name)
 def test_a_model_of_diffusers(mesh: dict[str, int]) -> None:

@@ -183,6 +183,7 @@ SIZES: dict[str, list[dict[str, Any]]] = {  # batch, resolution, prompt length
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, sizes",
     [

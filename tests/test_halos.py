@@ -353,6 +353,7 @@ def test_a_transformer_with_a_convolution_is_cut_along_its_tokens() -> None:
     assert "conv1d.default" in targets(sharded.graphs[0])
 
 
+@pytest.mark.slow
 def test_a_denoiser_that_convolves_is_cut_along_its_images() -> None:
     """Resolutions fall and rise again, and are joined across: each is cut where the coarsest is."""
     model = randomise(

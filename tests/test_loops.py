@@ -42,6 +42,7 @@ def check(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_each_pass_of_a_step_has_its_slot() -> None:
     model = fresh()
     found = Loop(model)([[COND, UNCOND]] * 6, TIMES)

@@ -392,6 +392,7 @@ class Flex(SelfAttention):
         return self.to_out(merge(attended))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", quick(["bias", "mask"], "bias"))
 def test_flex_attention(how: str) -> None:
     model = Denoiser(4)

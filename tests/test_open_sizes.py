@@ -204,6 +204,7 @@ def test_one_rank_with_a_cache(family: str) -> None:
 MESHES = {"two": {"ulysses": 2}, "four": {"ring": 2, "ulysses": 2}, "a ring": {"ring": 2}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, mesh", quick(product(FAMILIES, MESHES), ("wan", "two")))
 def test_several_ranks(family: str, mesh: str) -> None:
     check_all_sizes(family, in_lockstep(MESHES[mesh]))
@@ -269,6 +270,7 @@ def test_what_divides_a_size_does_not_fix_it(env: ShapeEnv) -> None:
     assert [sizes.names for sizes in fixed_sizes(env)] == [("s1",)]
 
 
+@pytest.mark.slow
 def test_the_default_compiler() -> None:
     """Lengths above 64, up to which Inductor asks itself whether a loop is short."""
     reports: list[Report] = []

@@ -153,6 +153,7 @@ print(Options(inductor=patches).fingerprint())
 """
 
 
+@pytest.mark.slow
 def test_fingerprint_is_the_same_in_every_process(capsys: pytest.CaptureFixture[str]) -> None:
     elsewhere = subprocess.run([sys.executable, "-c", FINGERPRINT], capture_output=True, text=True, check=True).stdout
     exec(FINGERPRINT, {"__name__": "__main__"})

@@ -103,6 +103,7 @@ def test_with_the_default_compiler() -> None:
     assert torch.allclose(latents(pipe), latents(plain), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_again_with_other_options() -> None:
     pipe = load()
     parallelize(pipe, rdt=ALWAYS, compiler="eager")
@@ -166,6 +167,7 @@ def saved_adapter(folder: Path, seed: int, rank: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_adapters_that_are_swapped_compile_nothing(tmp_path: Path) -> None:
     torch._dynamo.reset()
     folders = [saved_adapter(tmp_path / str(seed), seed, rank) for seed, rank in ((1, 4), (2, 2))]
@@ -187,6 +189,7 @@ def test_adapters_that_are_swapped_compile_nothing(tmp_path: Path) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("offloaded_first", [True, False])
 def test_a_transformer_that_is_offloaded_as_a_whole_skips(offloaded_first: bool) -> None:
@@ -206,6 +209,7 @@ def test_a_transformer_that_is_offloaded_as_a_whole_skips(offloaded_first: bool)
     assert torch.allclose(latents(pipe), plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_transformer_that_is_offloaded_block_by_block_runs_in_pieces_and_says_so() -> None:
     torch._dynamo.reset()
     plain, pipe = latents(load()), parallelize(load(), rdt=ALWAYS, compiler="eager")

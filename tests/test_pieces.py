@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from pieces import glm_image, lumina2
 from random_tensors import draw
@@ -53,6 +54,7 @@ def test_a_model_in_one_graph_is_no_piece() -> None:
     assert not any("piece" in text for text in warnings_of(compiled, draw(2, 8)))
 
 
+@pytest.mark.slow
 def test_the_break_of_another_model_is_not_named() -> None:
     model, inputs = lumina2()
     told = warnings_of(torch.compile(model, backend="paracompile", options=OPTIONS), **inputs)

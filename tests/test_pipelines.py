@@ -159,6 +159,7 @@ CHANGED_ON_THE_WAY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", CHANGED_ON_THE_WAY)
 def test_a_prompt_that_a_callback_changes_is_seen(name: str) -> None:

@@ -65,6 +65,7 @@ WAYS = {"quantize_": by_quantize_, "TorchAoConfig": by_model, "PipelineQuantizat
 QUICK = {("float8 weights", "quantize_"), ("int8", "PipelineQuantizationConfig")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, way",
     [pytest.param(kind, way, marks=[] if (kind, way) in QUICK else pytest.mark.full) for kind in KINDS for way in WAYS],

@@ -40,6 +40,7 @@ def tokens(count: int) -> Tensor:
     return draw(BATCH, count, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_two_ranks")
 def test_no_size_runs_unsharded() -> None:
     reports: list[Report] = []

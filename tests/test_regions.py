@@ -183,6 +183,7 @@ def test_equal_blocks_of_flux_are_one_region() -> None:
     assert conditional == f"[region_2 | transformer_blocks_0_2 {' '.join(middle)}]"
 
 
+@pytest.mark.slow
 def test_on_two_ranks_work_under_an_exchange_stays_there() -> None:
     """The next block's modulation runs under a block's last exchange, so it belongs to that block's region."""
     of = deep("flux", transformer_blocks=4, single_transformer_blocks=5)
@@ -207,6 +208,7 @@ def test_equal_blocks_of_other_families(family: str, lists: dict[str, int]) -> N
         assert max(regions_of(gm).values()) >= count - 2, calls(gm)  # the first and the last may differ
 
 
+@pytest.mark.slow
 def test_a_stream_is_contiguous_at_the_edges_whatever_it_was_patched_from() -> None:
     """HunyuanVideo's patches come out of a convolution with the channels first; eager blocks would keep that layout."""
     of = deep("hunyuan_video", transformer_blocks=4)
@@ -409,7 +411,6 @@ def places(gm: fx.GraphModule, region: fx.GraphModule) -> list[int]:
     return [inputs.index(argument) for argument in call.args]
 
 
-@pytest.mark.slow
 def test_a_graph_that_the_passes_cannot_take_is_compiled_as_it_is_and_said_to_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -160,6 +160,7 @@ def test_open_sizes_are_fixed() -> None:
     assert sharded.report.dimension is not None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fast_links")
 @pytest.mark.parametrize(
     "name, ranks", quick([(name, ranks) for name in ("sana", "sana_video") for ranks in (2, 4)], ("sana", 2))

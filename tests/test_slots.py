@@ -308,6 +308,7 @@ def freed(kept: list[weakref.ref[Tensor]]) -> bool:
 ENDINGS = ("reset_cache", "diffusers", "set_rdt", "the model is gone", "Dynamo is reset")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_state_of_a_conditioning_that_is_gone_goes_with_the_next() -> None:
     model, first, second = fresh(), text(1), text(2)
@@ -347,6 +348,7 @@ def test_state_is_freed_when_a_generation_ends(naming: str, ending: str) -> None
     assert freed(kept)
 
 
+@pytest.mark.slow
 def test_state_belongs_to_the_model_and_not_to_what_is_compiled() -> None:
     first, second = fresh(), fresh()
     generate(first, prompts("wan"), steps=2)

@@ -337,6 +337,7 @@ def test_mochi_on_one_rank() -> None:
         assert_equal(graph(*whole.arguments)[0], whole.expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", quick(TWO_RANKS, {"ring": 2}), ids=mesh_name)
 def test_mochi_on_two_ranks(mesh: Mesh) -> None:
     whole = captured("mochi", batch=2)

@@ -80,6 +80,7 @@ def test_a_quantised_model_with_the_cache(place: str, kind: str, mode: Callable[
         assert paracompile.cache_stats(model).hits == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", quick(["flux", "wan"], "wan"))
 def test_a_quantised_family_with_the_cache(family: str) -> None:
     model, inputs = ALL_FAMILIES[family].build()

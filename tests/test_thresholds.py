@@ -55,12 +55,14 @@ def test_an_unknown_class_names_the_known(names: list[str], said: str) -> None:
         assert word in str(caught.value)
 
 
+@pytest.mark.slow
 def test_auto_takes_the_class_s() -> None:
     model = compiled(build("cogvideox"), rdt="auto")
     next(steps_of(model, prompts("cogvideox")))
     assert threshold_of(model) == 0.025
 
 
+@pytest.mark.slow
 def test_auto_in_a_function_that_calls_the_model() -> None:
     model, of = build("flux"), prompts("flux")
 
@@ -72,6 +74,7 @@ def test_auto_in_a_function_that_calls_the_model() -> None:
     assert threshold_of(model) == 0.08
 
 
+@pytest.mark.slow
 def test_auto_with_quantised_weights() -> None:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -101,6 +104,7 @@ def test_auto_for_a_model_that_is_not_known(as_function: bool) -> None:
 # set_rdt
 
 
+@pytest.mark.slow
 def test_it_changes_what_is_skipped_and_nothing_is_compiled_anew() -> None:
     reports: list[Report] = []
     model, of = compiled(build("wan"), rdt=1e-9, report=reports.append), prompts("wan")
@@ -180,6 +184,7 @@ def test_a_model_compiled_in_place() -> None:
     assert cache_stats(model).hits == 0
 
 
+@pytest.mark.slow
 def test_a_function_that_calls_the_model() -> None:
     model, of = build("wan"), prompts("wan")
 
@@ -197,6 +202,7 @@ def test_a_function_that_calls_the_model() -> None:
             ask(call)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_only_the_model_that_is_given() -> None:
     first, second = compiled(build("wan")), compiled(build("wan"))
     set_rdt(first, 0)
@@ -257,6 +263,7 @@ def test_compiled_in_place_without_it_is_told_once_it_is_compiled() -> None:
     said_without_a_cache(module)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_compiled_both_ways_has_one() -> None:
     module, of = build("wan"), prompts("wan")
     plain = torch.compile(module, backend="paracompile", options={"compiler": "eager"})

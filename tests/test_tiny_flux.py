@@ -196,6 +196,7 @@ def test_training_resumes_to_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_trained_pipeline_is_saved_and_loaded(tmp_path: Path) -> None:
     made = train.make_pipeline(SHORT, train.Run(checkpoints=tmp_path / "checkpoints"))
     made.save_pretrained(tmp_path / "pipeline")

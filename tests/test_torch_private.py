@@ -136,6 +136,7 @@ def test_the_search_lets_others_pass(code: str) -> None:
     assert private_names(ast.parse(code)) == []
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_compiler() -> None:
     code = "import sys, paracompile; print('torch._inductor.compile_fx' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "False"

@@ -94,6 +94,7 @@ def wrong_by(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "compile_regions", spoiled)
 
 
+@pytest.mark.slow
 def test_a_wrong_graph_with_a_cache_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     of = prompts("wan")
     model = compiled(build("wan"), verify=True)

@@ -10,8 +10,6 @@ from families import ALL_FAMILIES
 from pool import Pool
 from quick import quick
 
-pytestmark = pytest.mark.slow
-
 
 def on_a_rank(rank: int, family: str, quantised: bool, options: dict[str, Any]) -> Any:
     outputs, hits = steps(build(family, quantised=quantised), {**options, "timeout": 200})

@@ -42,6 +42,7 @@ def test_a_compiled_decoder_gives_the_plain_one_s_picture(compiler: str, two_ran
         assert report.flops_rank < 0.65 * report.flops_whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quick(["wan", "cogvideox"], "wan"))
 def test_a_loop_over_frames_in_python_stays_and_its_pieces_are_shared(name: str, two_ranks: Pool) -> None:
     for found, expected, reports in two_ranks.run(compiled_decoder, name, "eager"):
@@ -59,6 +60,7 @@ def compiled_encoder(rank: int, name: str) -> tuple[Tensor, Tensor]:
         return encoding(vae)(pixels), expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux"])
 def test_a_compiled_encoder_gives_the_plain_one_s_latents(name: str, two_ranks: Pool) -> None:
     for found, expected in two_ranks.run(compiled_encoder, name):

@@ -105,6 +105,7 @@ def in_every_way(rank: int) -> dict[str, tuple[Tensor, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_way_to_say_it_gives_the_eager_result(two_ranks: Pool) -> None:
     expected = small()(tokens())
     for found in two_ranks.run(in_every_way):

@@ -111,6 +111,7 @@ def with_own_noise(rank: int) -> tuple[Tensor, Tensor, Hits]:
     return image, output, hits(model)
 
 
+@pytest.mark.slow
 def test_ranks_that_are_given_other_noise_go_with_the_first(two_ranks: Pool) -> None:
     expected, _, _ = with_own_noise(0)
     (image, output, skipped), (_, other_output, other_skipped) = two_ranks.run(with_own_noise)
@@ -140,6 +141,7 @@ def with_own_thresholds(rank: int) -> list[tuple[Tensor, Hits, list[float | None
     return found
 
 
+@pytest.mark.slow
 def test_set_rdt_on_one_rank_only_is_still_one_decision(two_ranks: Pool) -> None:
     """The mean threshold counts; 0 on any rank means that all compute."""
     for first, second, (_, skips) in zip(*two_ranks.run(with_own_thresholds), THRESHOLDS, strict=True):
@@ -156,6 +158,7 @@ def with_own_names(rank: int) -> Hits:
     return hits(model)
 
 
+@pytest.mark.slow
 def test_names_on_one_rank_only_are_still_one_decision(two_ranks: Pool) -> None:
     for of_rank in two_ranks.run(with_own_names):
         assert list(of_rank.values()) == [[False, False, True, True, True]] * 2
@@ -178,6 +181,7 @@ def after_others(rank: int) -> list[tuple[Tensor, Tensor, Hits]]:
     return results
 
 
+@pytest.mark.slow
 def test_a_generation_after_an_exception_on_every_rank_equals_it_alone(two_ranks: Pool) -> None:
     for results in two_ranks.run(after_others):
         for found, alone, of_rank in results:

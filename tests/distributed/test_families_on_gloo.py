@@ -59,6 +59,7 @@ def in_place_without_a_mesh(rank: int) -> tuple[Tensor, Tensor, list[Report]]:
     return output.clone(), expected.clone(), reports
 
 
+@pytest.mark.slow
 def test_a_model_compiled_in_place_takes_all_ranks_when_no_mesh_is_given(two_ranks: Pool) -> None:
     for output, expected, reports in two_ranks.run(in_place_without_a_mesh):
         assert_equal(output, expected)
@@ -100,6 +101,7 @@ def in_low_precision(rank: int, family: str, dtype: torch.dtype) -> tuple[Tensor
     return exact, expected, output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, dtype",
     quick(product(("flux", "wan"), (torch.bfloat16, torch.float16)), ("flux", torch.bfloat16)),
@@ -134,6 +136,7 @@ def with_lora(rank: int) -> tuple[Tensor, Tensor, Tensor, list[Report]]:
     return plain, expected, output, reports
 
 
+@pytest.mark.slow
 def test_lora_layers_are_sharded_too(two_ranks: Pool) -> None:
     for plain, expected, output, reports in two_ranks.run(with_lora):
         assert deviation(plain, expected) > 1000

@@ -43,6 +43,7 @@ def check(pool: Pool, family: str, compiler: str, numbers: list[int], *, most: i
         assert max(deviations) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", quick(FAMILIES, "wan"))
 def test_two_ranks(family: str, two_ranks: Pool) -> None:
     check(two_ranks, family, "eager", list(range(4)), most=2)
@@ -85,6 +86,7 @@ def with_a_guard_on_one_rank(rank: int) -> tuple[list[int], list[float]]:
     return graphs, found
 
 
+@pytest.mark.slow
 def test_what_one_rank_guards_all_ranks_compile_for(two_ranks: Pool) -> None:
     for graphs, deviations in two_ranks.run(with_a_guard_on_one_rank):
         assert graphs == [1, 2, 2, 3, 3]

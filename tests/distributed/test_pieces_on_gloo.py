@@ -73,6 +73,7 @@ def assert_as_one(result: Result, family: str) -> None:
 FEW = ("z_image",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", [pytest.param(family, marks=[pytest.mark.full] * (family not in FEW)) for family in PIECES]
 )
@@ -96,6 +97,7 @@ def test_under_inductor(family: str, two_ranks: Pool) -> None:
         assert_as_one(result, family)
 
 
+@pytest.mark.slow
 def test_what_a_piece_hands_on_is_not_sent_again(two_ranks: Pool) -> None:
     """Of one call of the small model 404,736 bytes would be sent, most of them streams between two blocks."""
     assert two_ranks.run(bytes_broadcast, "hunyuan_video_15")[0] < 40_000

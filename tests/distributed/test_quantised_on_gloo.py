@@ -57,6 +57,7 @@ def check(found: list[list[Any]], kind: str, most: float) -> None:
         assert difference(other, skipped) < most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.full) for kind in KINDS]
 )

@@ -51,6 +51,7 @@ def with_other_compiled_sizes(rank: int, inputs: str) -> Told:
     return calls(compiled(small(), inputs=inputs), 20, 28, 28, 20 if rank else 28, 20, 28)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", quick(["broadcast", "check", "trust"], "broadcast"))
 def test_other_sizes_that_are_compiled_already(four_ranks: Pool, inputs: str) -> None:
     results = four_ranks.run(with_other_compiled_sizes, inputs)
@@ -84,6 +85,7 @@ def alone(rank: int) -> Told:
     return told + calls(model, 20, 20)
 
 
+@pytest.mark.slow
 def test_one_rank_that_calls_alone_and_another_that_comes_too_late(four_ranks: Pool) -> None:
     for *before, refused, after in four_ranks.run(alone):
         assert_fine([*before, after])
