@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.utils import fresh_cache
 
 import paracompile
 from paracompile import OptionError, ParacompileError, artifacts
@@ -66,6 +70,23 @@ def test_another_machine_compiles_nothing(tmp_path: Path) -> None:
     assert output == pytest.approx(expected, rel=1e-6)
     assert "what it loaded is not for Denoiser (weights" in refused
     assert "Save it anew with this model on this mesh" in refused
+
+
+def test_what_was_saved_is_loaded_and_another_model_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_here", "_loaded"):
+        monkeypatch.setattr(artifacts, name, {})
+    file, inputs = tmp_path / "new folder" / "model.compiled", torch.ones(3, 8)
+    model = nn.Linear(8, 8)
+    with fresh_cache(), torch.no_grad():
+        torch.compile(model, backend="paracompile")(inputs)
+        paracompile.save_compiled(file)
+    torch._dynamo.reset()
+    with fresh_cache(), torch.no_grad():
+        paracompile.load_compiled(file)
+        torch.testing.assert_close(torch.compile(model, backend="paracompile")(inputs), model(inputs))
+        message = r"what it loaded is not for Linear \(weights .* but for Linear .*model.compiled.*Save it"
+        with pytest.raises(BackendCompilerFailed, match=message):
+            torch.compile(nn.Linear(8, 9), backend="paracompile")(inputs)
 
 
 def write(path: Path, **changed: str) -> Path:

@@ -555,7 +555,6 @@ JOINED: dict[str, Any] = {
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.slow
 @pytest.mark.parametrize("name", JOINED)
 def test_what_is_joined_of_one_part_is_contiguous_at_the_edge(name: str) -> None:
     """As the next region is compiled for; Inductor keeps the part's own layout (channels first, here) if it may."""

@@ -690,7 +690,6 @@ def test_a_missing_extra_is_named(
     assert f"{name} is missing: pip install 'paracompile[tune]'" in said
 
 
-@pytest.mark.slow
 def test_help_needs_no_extra() -> None:
     program = (
         "import runpy, sys; sys.modules.update(dict.fromkeys(['skimage', 'matplotlib', 'PIL', 'diffusers', 'tqdm'])); "
