@@ -23,7 +23,7 @@ SITE := build/site
 
 help:
 	@echo 'make run        a small FluxPipeline on this CPU: plainly, over $(RANKS) ranks, and with blocks skipped'
-	@echo 'make test       the tests'
+	@echo 'make test       the tests without the slow ones (with them: make test WITHOUT=full)'
 	@echo 'make test-all   the tests and the long matrix'
 	@echo 'make gpu        checks and figures on a CUDA device, ten minutes at most'
 	@echo 'make wheels     what make gpu-offline needs beside torch, on a machine without a network'
