@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import paracompile
@@ -81,9 +82,12 @@ def test_what_was_saved_is_loaded_and_another_model_refused(tmp_path: Path, monk
         torch.compile(model, backend="paracompile")(inputs)
         paracompile.save_compiled(file)
     torch._dynamo.reset()
+    counters.clear()
     with fresh_cache(), torch.no_grad():
         paracompile.load_compiled(file)
         torch.testing.assert_close(torch.compile(model, backend="paracompile")(inputs), model(inputs))
+        assert counters["inductor"]["fxgraph_cache_hit"] == 1
+        assert not counters["inductor"]["fxgraph_cache_miss"]
         message = r"what it loaded is not for Linear \(weights .* but for Linear .*model.compiled.*Save it"
         with pytest.raises(BackendCompilerFailed, match=message):
             torch.compile(nn.Linear(8, 9), backend="paracompile")(inputs)

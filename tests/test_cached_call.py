@@ -60,7 +60,6 @@ def test_without_rdt_there_is_no_trace() -> None:
     assert slots_of(model) == []
 
 
-@pytest.mark.full
 @pytest.mark.slow
 def test_under_aot_eager_it_is_the_same() -> None:
     of = prompts("wan")

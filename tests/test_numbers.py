@@ -182,6 +182,7 @@ OPTIONS: list[dict[str, Any]] = [{}, {"rdt": 1e-9}, {"rdt": 1e-9, "verify": True
     quick(
         product(OPTIONS, ("eager", "inductor")),
         *((options, "eager") for options in OPTIONS),
+        ({"rdt": 1e-9}, "inductor"),
     ),
     ids=str,
 )

@@ -205,7 +205,7 @@ MESHES = {"two": {"ulysses": 2}, "four": {"ring": 2, "ulysses": 2}, "a ring": {"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family, mesh", quick(product(FAMILIES, MESHES), ("wan", "two")))
+@pytest.mark.parametrize("family, mesh", quick(product(FAMILIES, MESHES), ("qwen_image", "two")))
 def test_several_ranks(family: str, mesh: str) -> None:
     check_all_sizes(family, in_lockstep(MESHES[mesh]))
 

@@ -184,7 +184,7 @@ torch.save(generate(entry, compiled(entry, build(name)), 1), file)
 """
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("ran", marked(IN_A_FRESH_PROCESS), indirect=True)
 def test_a_generation_is_the_same_in_a_fresh_process(ran: Ran, tmp_path: Path) -> None:
     """As after two others in this one."""

@@ -62,7 +62,7 @@ def by_pipeline(kind: str) -> Any:
 
 
 WAYS = {"quantize_": by_quantize_, "TorchAoConfig": by_model, "PipelineQuantizationConfig": by_pipeline}
-QUICK = {("float8 weights", "quantize_"), ("int8", "PipelineQuantizationConfig")}
+QUICK = {("float8 weights", "quantize_"), ("int8 weights", "TorchAoConfig"), ("int8", "PipelineQuantizationConfig")}
 
 
 @pytest.mark.slow

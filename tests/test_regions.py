@@ -91,6 +91,7 @@ def as_eager(gm: fx.GraphModule) -> Program:
             ),
         ],
         ("wan", {"ulysses": 1}),
+        ("mochi", {"ulysses": 2}),
     ),
     ids=str,
 )
@@ -195,7 +196,7 @@ def test_on_two_ranks_work_under_an_exchange_stays_there() -> None:
         assert len(regions_of(gm)) == 5
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, lists",
     quick([("wan", {"blocks": 5}), ("hunyuan_video", {"transformer_blocks": 5})], ("wan", {"blocks": 5})),
@@ -387,7 +388,7 @@ def test_a_value_is_gone_before_the_region_that_reads_it_last_returns() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiler", quick(["inductor", "aot_eager"], "aot_eager"))
+@pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
 def test_a_compiled_region_lets_its_arguments_go(compiler: str) -> None:
     """That AOTAutograd's function is reached, which takes a list and empties it."""
     of = captured("flux", batch=1)
@@ -446,7 +447,6 @@ def one_rank(model: nn.Module, **how: Any) -> tuple[Any, list[Any]]:
     return torch.compile(model, backend="paracompile", options=options, **how), reports
 
 
-@pytest.mark.full
 @pytest.mark.slow
 def test_a_graph_whose_gradients_are_wanted_is_compiled_as_it_is() -> None:
     model = randomise(Transformer(4)).requires_grad_()
@@ -486,7 +486,6 @@ def test_a_number_among_the_results_of_a_piece() -> None:
     assert lengths == [IMAGE + 3, IMAGE + 5, IMAGE + 7]
 
 
-@pytest.mark.full
 @pytest.mark.slow
 def test_a_number_that_changes_at_each_step_is_compiled_twice_and_in_regions() -> None:
     """As a constant, and, when it is seen to change, as what may change."""

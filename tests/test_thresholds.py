@@ -147,7 +147,7 @@ def test_zero_equals_a_graph_without_a_cache_bit_for_bit(family: str) -> None:
     assert torch.equal(computed, generate(plain, of))
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_before_the_first_call_and_again_after_dynamo_was_reset() -> None:
     model, of = compiled(build("wan")), prompts("wan")
     set_rdt(model, 0)

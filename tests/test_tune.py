@@ -538,7 +538,7 @@ def test_plans_by_magnitude(given: Given, calls: Calls, tmp_path: Path) -> None:
     assert calls.count == made
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_call_that_compiled_is_not_timed(given: Given, calls: Calls, tmp_path: Path) -> None:
     def forget(count: int) -> None:
         if count == 6:  # the picture of the one setting
