@@ -18,6 +18,7 @@ from paracompile.artifacts import Compiled, note_compiled
 from paracompile.calling import as_called, as_called_by_all, verified
 from paracompile.captured import Captured
 from paracompile.compiler import compile_regions, compile_whole
+from paracompile.garbage import no_collections
 from paracompile.guards import Guards
 from paracompile.integrations import diffusers
 from paracompile.layout.plan import Plan
@@ -45,6 +46,7 @@ diffusers.listen()  # torch.compile imports this module, so a pipeline's first s
 warm_up()
 
 
+@no_collections()
 def paracompile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
 ) -> Callback:
