@@ -7,8 +7,10 @@ GPU_ARGS ?=
 WHEELS_FOR ?= 3.12
 # tests/conftest.py says which tests stay with one worker, and why.
 WORKERS ?= 2
-# The marks of tests that make test leaves out, as pytest takes them; .ci/run leaves out "full" only.
+# What make test leaves out to be quick: tests by their marks, as pytest takes them, and of each test's list of cases
+# two in three. .ci/run leaves out "full" only.
 WITHOUT ?= full or slow
+ONE_IN ?= 3
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -23,7 +25,7 @@ SITE := build/site
 
 help:
 	@echo 'make run        a small FluxPipeline on this CPU: plainly, over $(RANKS) ranks, and with blocks skipped'
-	@echo 'make test       the tests without the slow ones (with them: make test WITHOUT=full)'
+	@echo 'make test       the tests without the slow ones, of like cases one in three (all: make test WITHOUT=full ONE_IN=1)'
 	@echo 'make test-all   the tests and the long matrix'
 	@echo 'make gpu        checks and figures on a CUDA device, ten minutes at most'
 	@echo 'make wheels     what make gpu-offline needs beside torch, on a machine without a network'
@@ -46,7 +48,7 @@ run: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/run_flux.py --device cpu $(RUN_ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not ($(WITHOUT))' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not ($(WITHOUT))' --one-in $(ONE_IN) $(PYTEST_ARGS)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -22,19 +23,39 @@ def pytest_collection_finish() -> None:
     quick_compiles()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks `full` those cases of sampled tests that `make test` leaves out."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "of each test's list of cases, run one in so many, evenly spread; of tests marked `whole` all"
+    parser.addoption("--one-in", type=int, default=1, help=text)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Marks `full` what `sampled` leaves out; of what is then chosen by marks `--one-in` takes its share."""
+    for cases in _by_test(item for item in items if not item.get_closest_marker("full")):
+        sampled = cases[0].get_closest_marker("sampled")
+        if sampled:
+            kept = _spread(cases, *sampled.args)
+            for item in cases:
+                if item not in kept:
+                    item.add_marker("full")
+    yield
+    left_out = set()
+    for cases in _by_test(item for item in items if not item.get_closest_marker("whole")):
+        left_out |= {*cases}.difference(_spread(cases, math.ceil(len(cases) / config.getoption("--one-in"))))
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
+
+
+def _by_test(items: Iterable[pytest.Item]) -> Iterable[list[pytest.Item]]:
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("sampled") and not item.get_closest_marker("full"):
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for of_test in cases.values():
-        (count,) = of_test[0].get_closest_marker("sampled").args
-        kept = {number * len(of_test) // count for number in range(count)}
-        for number, item in enumerate(of_test):
-            if number not in kept:
-                item.add_marker("full")
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return cases.values()
+
+
+def _spread(cases: list[pytest.Item], count: int) -> list[pytest.Item]:
+    """So many of the cases, or all, evenly spread."""
+    return [cases[number * len(cases) // count] for number in range(min(count, len(cases)))]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -24,6 +24,7 @@ cases = pytest.mark.parametrize("name", AUTOENCODERS)
 on_ranks = pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.full)])
 
 
+@pytest.mark.whole
 @pytest.mark.sampled(2)
 @cases
 @on_ranks
@@ -56,12 +57,14 @@ def test_every_row_depends_on_the_ones_beside_it(name: str) -> None:
     assert float(difference) > 1e-3 * float(whole.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", quick(["flux", "wan"], "flux"))
 def test_the_other_spatial_dimension_is_cut_where_there_is_more_of_it(name: str) -> None:
     sharded = assert_sharded(decoding(built(name)), [AUTOENCODERS[name].latents(3, 8)], 4, tolerance=1e-5)
     assert sharded.report.notes[0].startswith("images are cut along their width, 8 positions")
 
 
+@pytest.mark.slow
 def test_the_decoder_is_no_class_that_is_known() -> None:
     """The same layers, in a class of one's own."""
     inner = built("flux").decoder

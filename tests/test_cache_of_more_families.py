@@ -100,6 +100,7 @@ def test_a_family(name: str, ranks: int) -> None:
     check_generation(graphs_of(name, ranks), by_hand(name), change=FAMILIES[name].change)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name, ranks", CASES)
 def test_all_blocks_but_the_first_are_skipped_and_the_image_is_stored(name: str, ranks: int) -> None:
     layouts = graphs_of(name, ranks).layouts

@@ -16,6 +16,8 @@ from paracompile.cache_options import Knob, knobs
 from paracompile.errors import OptionError
 from paracompile.options import Options
 
+pytestmark = pytest.mark.whole
+
 README = Path(__file__).parents[1] / "README.md"
 RDT = {"rdt": 0.1}
 

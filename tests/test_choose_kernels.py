@@ -43,6 +43,8 @@ from paracompile.runtime import flash
 from paracompile.runtime.functions import FUNCTIONS, named
 from paracompile.runtime.kernels import attention_by, attention_with_lse, reference
 
+pytestmark = pytest.mark.whole
+
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 STEP = torch.ops.paracompile.attention_with_lse.default
 

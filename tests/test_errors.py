@@ -13,6 +13,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from paracompile.errors import GraphError, OptionError, ParacompileError, RankError, module_path, source_line
 
+pytestmark = pytest.mark.whole
+
 
 class Attention(nn.Module):
     def __init__(self) -> None:

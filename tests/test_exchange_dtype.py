@@ -81,6 +81,7 @@ def sent(graph: fx.GraphModule) -> list[torch.dtype]:
     return [node.args[0].meta["val"].dtype for node in nodes]
 
 
+@pytest.mark.whole
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("mesh", MESHES, ids=mesh_name)
 @pytest.mark.parametrize("together", [False, True])

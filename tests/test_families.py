@@ -69,11 +69,11 @@ def test_every_rank_gives_the_eager_model_s_output(family: str, ranks: int) -> N
 @pytest.mark.parametrize(
     "family, sizes",
     [
+        ("wan", {"image": 10}),
         ("flux", {"batch": 1}),
         ("stable_diffusion_3", {"batch": 1}),
         ("stable_diffusion_3", {"dual": False}),
         ("wan", {"batch": 1}),
-        ("wan", {"image": 10}),
         ("cogvideox", {"batch": 1}),
         ("cogvideox", {"rotary": False}),
     ],

@@ -43,6 +43,8 @@ from paracompile.passes.normalise import normalise
 from paracompile.report.report import Report
 from paracompile.runtime.slots import begin_generation, end_step
 
+pytestmark = pytest.mark.whole
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Of queries, keys and values of shape (batch, heads, tokens, size)."""
 

@@ -190,6 +190,7 @@ def test_a_layer_on_rows(layer: str, ranks: int) -> None:
     assert sharded.plan.cuts
 
 
+@pytest.mark.whole
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "seed", [pytest.param(seed, marks=pytest.mark.full if seed >= 8 else ()) for seed in range(60)]

@@ -255,6 +255,7 @@ SPANS = [
 ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("place, span, size, expected", SPANS)
 def test_a_place_in_a_value_is_one_in_the_factor_and_back(
     place: Place, span: Span, size: int, expected: Place | None

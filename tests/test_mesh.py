@@ -14,6 +14,8 @@ from paracompile.errors import OptionError, ParacompileError
 from paracompile.mesh import AXES, Axis, Ranks, init_mesh, mesh_shape
 from paracompile.runtime.agreement import Agreement
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture
 def world() -> Iterator[Callable[[int, int], None]]:

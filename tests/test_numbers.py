@@ -86,6 +86,7 @@ def _set(x: Tensor, scale: float) -> Tensor:
     return x
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", CALCULATED)
 def test_numbers_that_are_only_calculated_with_are_inputs(name: str) -> None:
     graphs = graphs_of(CALCULATED[name], draw(3, 4))

@@ -14,6 +14,8 @@ import pytest
 from paracompile.errors import OptionError
 from paracompile.options import Options
 
+pytestmark = pytest.mark.whole
+
 
 def test_defaults() -> None:
     options = Options.parse(None)

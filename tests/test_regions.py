@@ -168,6 +168,7 @@ def deep(family: str, **blocks: int) -> Captured:
     return capture(model, inputs)
 
 
+@pytest.mark.slow
 def test_equal_blocks_of_flux_are_one_region() -> None:
     of = deep("flux", transformer_blocks=4, single_transformer_blocks=5)
     (gm,) = graphs(of, {"ulysses": 1}, cut=True)
@@ -545,10 +546,10 @@ def test_under_inductor(options: dict[str, Any]) -> None:
 
 
 JOINED: dict[str, Any] = {
+    "stacked alone": lambda x: torch.stack([x[0]]).expand(BATCH, -1, -1).clone(),
     "nothing beside it": lambda x: torch.cat([x, x.new_zeros(BATCH, 0, WIDTH)], 1),
     "alone": lambda x: torch.cat([x], 1),
     "alone, of another type": lambda x: torch.cat([x.half(), x.new_zeros(BATCH, 0, WIDTH)], 1),
-    "stacked alone": lambda x: torch.stack([x[0]]).expand(BATCH, -1, -1).clone(),
     "two": lambda x: torch.cat([x[:, :3], x[:, 3:]], 1),
 }
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import paracompile
 from paracompile.patterns import rules
 
+pytestmark = pytest.mark.whole
+
 
 @torch.library.custom_op("paracompile_tests::modulate", mutates_args=())
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

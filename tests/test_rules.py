@@ -20,6 +20,8 @@ from paracompile.patterns.flops import flops
 from paracompile.patterns.rules import RULES, rule_for
 from paracompile.patterns.rules.pointwise import is_pointwise
 
+pytestmark = pytest.mark.whole
+
 aten = torch.ops.aten
 LENGTHS = (4, 10)
 

@@ -260,13 +260,13 @@ def changed(**how: Any) -> AsMochi:
 
 
 NEAR_MISSES: dict[str, AsMochi] = {
+    "padded with ones": changed(pad=lambda x, missing: F.pad(x, (0, 0, 0, missing), value=1.0)),
     "the output is also used elsewhere": OutputUsedTwice(),
+    "causal": changed(is_causal=True),
     "keys of another mask": changed(key_mask=lambda mask: ~mask),
     "text first": changed(joined=lambda image, text: torch.cat([text, image], dim=2)),
-    "padded with ones": changed(pad=lambda x, missing: F.pad(x, (0, 0, 0, missing), value=1.0)),
     "padded in front": changed(pad=lambda x, missing: F.pad(x, (0, 0, missing, 0))),
     "something after the padding": changed(after=lambda x: x * 2),
-    "causal": changed(is_causal=True),
     "rows of two batches": RowsOfTwoBatches(),
     "rows exchanged": RowsExchanged(),
     "rows of two scales": RowsOfTwoScales(),
@@ -327,6 +327,7 @@ def test_a_second_run_changes_nothing() -> None:
 # diffusers' MochiTransformer3DModel
 
 
+@pytest.mark.slow
 def test_mochi_on_one_rank() -> None:
     whole = captured("mochi")
     graph = run_passes(whole.gm, whole.example_inputs, pipeline(Ranks.simulated(ulysses=1)))

@@ -13,6 +13,8 @@ from torch import Tensor
 from paracompile import OptionError, cache_stats, magnitude_ratios, steps_by_magnitude
 from paracompile.options import Options
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.mark.parametrize(
     "ratios, how, expected",

@@ -27,6 +27,8 @@ from torch import Tensor
 from paracompile.errors import GraphError
 from paracompile.passes.normalise import normalise
 
+pytestmark = pytest.mark.whole
+
 Select = Callable[[Tensor], Tensor]
 
 SELECTS: dict[str, Select] = {

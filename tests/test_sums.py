@@ -30,6 +30,7 @@ from torch import Tensor, nn
 aten = torch.ops.aten
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "target, arguments, sums",
     [

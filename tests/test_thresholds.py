@@ -132,6 +132,7 @@ def test_the_difference_of_a_step_is_what_it_is_compared_with() -> None:
         assert cache_stats(model).slots["cond"][1].hit is hit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     [pytest.param(name, marks=[] if name == "wan" else pytest.mark.full) for name in ALL_FAMILIES],

@@ -31,6 +31,8 @@ from paracompile import torch_private
 from paracompile.overlap import inductor_settings
 from paracompile.torch_private import compilers
 
+pytestmark = pytest.mark.whole
+
 ROOT = Path(__file__).parents[1]
 SOURCE = sorted(path for folder in ("paracompile", "passes", "patterns") for path in (ROOT / folder).rglob("*.py"))
 HERE = ROOT / "paracompile" / "torch_private"

@@ -32,6 +32,8 @@ from paracompile.tune.results import Figures, Job, Results
 from paracompile.tune.settings import NO_CACHE, PLAIN, by_compile, knob_text, knob_value, plan_of, setting_of, sweep
 from paracompile.tune.table import Limits, Row, advice, recommended, rows_of
 
+pytestmark = pytest.mark.whole
+
 ROOT = Path(__file__).parents[1]
 SIZE, STEPS, BLOCKS = 64, 3, 3
 NEVER, ALWAYS = 1e-6, 1000.0
@@ -690,6 +692,7 @@ def test_a_missing_extra_is_named(
     assert f"{name} is missing: pip install 'paracompile[tune]'" in said
 
 
+@pytest.mark.slow
 def test_help_needs_no_extra() -> None:
     program = (
         "import runpy, sys; sys.modules.update(dict.fromkeys(['skimage', 'matplotlib', 'PIL', 'diffusers', 'tqdm'])); "

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from paracompile import ParacompileError, backend, cache_stats, calling
 from paracompile.runtime.verified_call import VerifiedCall
 
+pytestmark = pytest.mark.whole
+
 
 class Counting(nn.Module):
     """Writes to a buffer and to an input, and has outputs of several kinds."""

@@ -31,6 +31,7 @@ def compiled_decoder(rank: int, name: str, compiler: str) -> tuple[list[Tensor],
     return found, expected, reports
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", quick(["eager", "inductor"], "eager"))
 def test_a_compiled_decoder_gives_the_plain_one_s_picture(compiler: str, two_ranks: Pool) -> None:
     for found, expected, reports in two_ranks.run(compiled_decoder, "flux", compiler):

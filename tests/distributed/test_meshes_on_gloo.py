@@ -44,6 +44,7 @@ def check(mesh: str, family: str, request: pytest.FixtureRequest) -> None:
         assert_equal(output, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh, family", quick(CHOSEN, *CHOSEN[-2:]))
 def test_a_family_on_each_mesh(mesh: str, family: str, request: pytest.FixtureRequest) -> None:
     check(mesh, family, request)

@@ -67,6 +67,7 @@ def first_only(rank: int) -> list[Any]:
     return [output is None, decode.call_count, marks]
 
 
+@pytest.mark.slow
 def test_the_result_may_be_the_first_rank_s_alone(two_ranks: Pool) -> None:
     """The second neither returns nor decodes it."""
     assert two_ranks.run(first_only) == [[False, 1, 1], [True, 0, 1]]
@@ -150,6 +151,7 @@ def placed(rank: int) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_each_text_encoder_is_on_one_rank(two_ranks: Pool) -> None:
     first, second = two_ranks.run(placed)
     large, small = first["whole"]
