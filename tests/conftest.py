@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
-import torch
-from quick_compiles import quick_compiles
-from torch._C._dynamo.guards import GlobalStateGuard
+
+# The process that hands tests out to workers reads this, too, and needs no torch: that is imported where it is used.
 
 
 def pytest_configure() -> None:
@@ -20,6 +19,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish() -> None:
+    from quick_compiles import quick_compiles
+
     quick_compiles()
 
 
@@ -87,12 +88,14 @@ def _forget_with_each_test(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def _forget() -> None:
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
+        sys.modules["torch._dynamo"].reset()
 
 
 @pytest.fixture(autouse=True)
 def _settings_are_left_as_they_were() -> Iterator[None]:
     """Of torch: autocast, gradients, threads. A later test would fail at a guard of Dynamo, or pass by chance."""
+    from torch._C._dynamo.guards import GlobalStateGuard
+
     before = GlobalStateGuard()
     yield
     assert before.check(), f"the test left another setting of torch behind: {before.reason()}"

@@ -1,4 +1,4 @@
-"""Which cases of a test run in `make test`; `make test-all` runs every one.
+"""Which cases of a test run in `make test` and in continuous integration; `make test-all` runs every one.
 
 A family, a mesh or a setting is left to the latter where another runs the same code and could break only with it.
 """

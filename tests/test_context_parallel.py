@@ -386,6 +386,7 @@ SITUATIONS: list[tuple[Mesh, tuple[int, ...], int, int]] = [
 ALL_SITUATIONS = [(*situation, index % 2 == 0) for index, situation in enumerate(SITUATIONS)]
 
 
+@pytest.mark.whole
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "mesh, lengths, number, batch, boolean",

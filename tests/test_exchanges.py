@@ -60,6 +60,7 @@ MESHES: dict[str, Mesh] = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("mesh", quick(MESHES, "3"))
 @pytest.mark.parametrize("name", MODELS)

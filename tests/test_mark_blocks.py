@@ -415,8 +415,31 @@ def test_marking_comes_before_the_cut_and_skipping_after_it() -> None:
     assert count(cached(denoiser()).graphs[0])["cond"] == 1
 
 
+class CutAtLength(Denoiser):
+    """Of as many tokens as a mask shows."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, mask: Tensor) -> tuple[Tensor]:
+        length = mask.sum().item()
+        torch._check(length > 1)
+        torch._check(length < IMAGE)
+        output: tuple[Tensor] = super().forward(hidden_states[:, :length], timestep)
+        return output
+
+
 def test_blocks_of_as_many_tokens_as_only_the_data_tells_are_refused() -> None:
-    """A prompt is cut at its length, which is read from its mask."""
+    options = {"rdt": 0.1, "compiler": "eager"}
+    model = torch.compile(randomise(CutAtLength()), backend="paracompile", fullgraph=True, options=options)
+    with pytest.raises(BackendCompilerFailed) as error, torch.no_grad():
+        model(**inputs_of(0, mask=torch.arange(IMAGE) < 20))
+    message = str(error.value)
+    assert "only the data tells its size" in message
+    assert "leave out fullgraph=True" in message
+    assert "blocks.0" in message
+
+
+@pytest.mark.slow
+def test_a_prompt_that_a_model_cuts_at_its_length_is_refused() -> None:
+    """Which is read from its mask."""
     model, inputs = framepack(batch=1)
     compiled = torch.compile(model, backend="paracompile", fullgraph=True, options={"rdt": 0.1, "compiler": "eager"})
     with pytest.raises(BackendCompilerFailed) as error, torch.no_grad():

@@ -100,6 +100,7 @@ def test_what_only_happens_to_be_equal_is_not(env: ShapeEnv) -> None:
     assert not guards(env)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "decide, guard",
     [

@@ -218,6 +218,7 @@ def test_a_transformer_that_is_offloaded_block_by_block_runs_in_pieces_and_says_
         assert torch.allclose(latents(pipe), plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("how", ["configuration", "int8"])
 def test_quantised(how: str, capsys: pytest.CaptureFixture[str]) -> None:
     from torchao.quantization import Int8WeightOnlyConfig

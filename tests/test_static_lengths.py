@@ -273,6 +273,7 @@ NEAR_MISSES: dict[str, AsMochi] = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("model", NEAR_MISSES.values(), ids=NEAR_MISSES.keys())
 def test_what_only_looks_like_it_is_left_alone(model: AsMochi) -> None:
     operators = count(rewritten(randomise(model), tokens(ROWS["last ones, and scattered"])))

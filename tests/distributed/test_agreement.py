@@ -54,6 +54,7 @@ def differ(rank: int, size: int) -> str | None:
     return said_by(Agreement(range(size), timeout=60), "plan", {"graph": changed, "options": "same"})
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("size", [2, 4])
 def test_different_facts_raise_on_all_with_a_diff(size: int, request: pytest.FixtureRequest) -> None:
     pool: Pool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[size])

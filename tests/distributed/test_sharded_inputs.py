@@ -91,6 +91,7 @@ def part_of_a_mask(rank: int) -> None:
         torch.compile(attend, backend="paracompile", options=options)(*own, torch.ones(8, 8, dtype=torch.bool))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "function, message",
     [(cut_otherwise, r"\[7, 9\] tokens on the ranks"), (part_of_a_mask, "nothing of other ranks' keys")],

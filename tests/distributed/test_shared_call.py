@@ -131,6 +131,7 @@ def remade(rank: int, of_mesh: bool) -> tuple[Told, Tensor]:
         return told, made()(tokens())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("of_mesh", [False, True], ids=["world", "mesh"])
 def test_a_group_that_was_destroyed_and_made_anew(two_ranks: Pool, of_mesh: bool) -> None:
     for (*before, destroyed, anew), output in two_ranks.run(remade, of_mesh):
