@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from paracompile.backend import paracompile
+from paracompile.guards import Guards
 from paracompile.layout.factors import Factor, Op, Rule
 from paracompile.layout.shares import Shares
 from paracompile.layout.sizes import (
@@ -238,6 +241,7 @@ FIXED = {
 """Sizes that models' own code asks the numbers of, and where; Qwen-Image does so with a mask."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", quick(FIXED, "qwen_image"))
 def test_a_size_whose_number_the_model_asks_for_compiles_anew_and_is_named(family: str) -> None:
     reports: list[Report] = []
@@ -263,6 +267,24 @@ def test_what_is_no_line_of_the_model_names_the_readme(env: ShapeEnv) -> None:
     assert [str(sizes) for sizes in fixed_sizes(env)] == [
         "compiled anew for each s0, fixed by paracompile, as the README tells under Sizes"
     ]
+
+
+def test_what_equals_a_fixed_size_is_fixed_by_the_same(env: ShapeEnv) -> None:
+    one, other = opened(env, 6), opened(env, 6)
+    assert same(one, other)
+    int(other)
+    assert [sizes.names for sizes in fixed_sizes(env)] == [("s1", "s0")]
+
+
+def test_what_another_rank_guards_is_guarded(env: ShapeEnv) -> None:
+    length = fx.Graph().placeholder("length")
+    length.meta["example_value"] = opened(env, 12).formula
+    (symbol,) = env.var_to_range
+    said = [json.dumps([]), json.dumps([f"{symbol} < 20"])]
+    agreement: Any = SimpleNamespace(exchange=lambda what, facts, own: said)
+    captured: Any = SimpleNamespace(shape_env=env, placeholders=[length])
+    Guards(captured).share(agreement)
+    assert guards(env) == ["a < 20"]
 
 
 def test_what_divides_a_size_does_not_fix_it(env: ShapeEnv) -> None:

@@ -16,7 +16,7 @@ from accelerate import cpu_offload, cpu_offload_with_hook
 from denoising import ALWAYS
 from diffusers import DiffusionPipeline, FluxPipeline
 from peft import LoraConfig, get_peft_model_state_dict
-from random_tensors import draw
+from random_tensors import draw, randomise
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -30,7 +30,11 @@ PROMPT = "a large red circle on a blue background in the middle"
 
 @cache
 def _loaded() -> FluxPipeline:
-    return FluxPipeline.from_pretrained(FOLDER, dtype=torch.float32)
+    """With two blocks: which picture it makes does not matter here."""
+    pipe = FluxPipeline.from_pretrained(FOLDER, dtype=torch.float32)
+    config = {**pipe.transformer.config, "num_layers": 1, "num_single_layers": 1}
+    pipe.transformer = randomise(type(pipe.transformer).from_config(config))
+    return pipe
 
 
 def load() -> FluxPipeline:

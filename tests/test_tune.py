@@ -488,6 +488,18 @@ def test_a_second_start_runs_nothing(swept: Swept, calls: Calls, monkeypatch: py
     assert swept.table() == before
 
 
+def test_an_interrupt_is_no_error(
+    given: Given, calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(count: int) -> None:
+        raise KeyboardInterrupt
+
+    calls.before = interrupt
+    assert main(given.arguments(tmp_path, "--rdt", "0.1")) == 130
+    assert "goes on" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_more_seeds(
     given: Given, calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

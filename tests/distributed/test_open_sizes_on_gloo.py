@@ -86,6 +86,7 @@ def with_a_guard_on_one_rank(rank: int) -> tuple[list[int], list[float]]:
     return graphs, found
 
 
+@pytest.mark.slow
 def test_what_one_rank_guards_all_ranks_compile_for(two_ranks: Pool) -> None:
     for graphs, deviations in two_ranks.run(with_a_guard_on_one_rank):
         assert graphs == [1, 2, 2, 3, 3]
