@@ -125,7 +125,6 @@ def ran(request: pytest.FixtureRequest) -> Iterator[Ran]:
     torch._dynamo.reset()
 
 
-@pytest.mark.sampled(4)
 def test_every_pass_has_a_slot_and_skips_in_every_generation(ran: Ran) -> None:
     assert ran.hits == (dict(ran.entry.slots),) * 3
 

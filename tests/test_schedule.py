@@ -279,6 +279,7 @@ def test_numbers_and_collectives_stay_as_they_were(name: str, mesh: Mesh) -> Non
         assert sorted(map(str, before.graph.nodes)) == sorted(map(str, after.graph.nodes))
 
 
+@pytest.mark.slow
 @every_model
 def test_a_second_run_changes_nothing(name: str) -> None:
     (gm, *_) = graphs_of(name, {"ring": 2, "ulysses": 2}).after
