@@ -119,6 +119,7 @@ def test_other_numbers_are_constants(name: str) -> None:
     assert len(graphs_of(KNOWN[name], draw(3, 4))) == len(SCALES)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("compare", [lambda scale, count: scale > 0.65, lambda scale, count: count == 5])
 def test_whether_a_number_is_so_is_known(compare: Callable[[float, int], bool]) -> None:
     graphs = graphs_of(lambda x, scale, count: x * compare(scale, count) + scale, draw(3, 4))

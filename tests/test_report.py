@@ -306,12 +306,14 @@ CACHE = {"blocks": 57, "blocks_skipped": 56, "flops_skipped": 204, "state_bytes"
 
 
 def test_the_cache_as_a_table() -> None:
-    report = Report(ranks=1, flops_whole=1000, flops_rank=255, notes=("gathered this",), **CACHE)
+    names = "hidden_states.shape[1]", "encoder_hidden_states.shape[1]"
+    report = Report(ranks=1, flops_whole=1000, flops_rank=255, open_sizes=names, notes=("gathered this",), **CACHE)
     assert str(report).splitlines() == [
         "ranks                       1, nothing was sharded",
         "blocks that may be skipped  56 of 57",
         "work of a skipped step      20.0% of a step",
         "bytes stored for each slot  1,234,567",
+        "sizes that stay open        hidden_states.shape[1], encoder_hidden_states.shape[1]",
         "- gathered this",
     ]
     assert str(Report(ranks=2, flops_whole=1000, flops_rank=255, **CACHE)).splitlines()[6:] == [
