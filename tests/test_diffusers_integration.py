@@ -214,6 +214,7 @@ def hits(pipeline: Any) -> dict[str, list[bool]]:
     return {name: [step.hit for step in steps] for name, steps in stats.slots.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(2)
 def test_steps_are_skipped_in_the_slots_that_one_expects(case: Case) -> None:
     pipeline = fresh(case)

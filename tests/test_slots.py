@@ -265,6 +265,7 @@ def test_without_a_time_nothing_is_told_apart() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_time_for_each_token_is_a_time() -> None:
     """Wan 2.2 takes one; the first frame's, which is given, stays 0."""

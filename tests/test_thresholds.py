@@ -159,6 +159,7 @@ def test_before_the_first_call_and_again_after_dynamo_was_reset() -> None:
         torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("given", ["the compiled module", "the model"])
 def test_either_may_be_given(given: str) -> None:

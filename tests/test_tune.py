@@ -370,6 +370,7 @@ def test_every_picture_is_made_once_and_warmed_up_once_a_compile(swept: Swept) -
     assert all(len(pictures(swept.output, variant)) == len(PROMPTS) for variant in VARIANTS)
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_the_pipeline(given: Given, swept: Swept) -> None:
     pipeline = FluxPipeline.from_pretrained(given.pipe)
     pipeline.set_progress_bar_config(disable=True)
