@@ -46,7 +46,6 @@ diffusers.listen()  # torch.compile imports this module, so a pipeline's first s
 warm_up()
 
 
-@no_collections()
 def paracompile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
 ) -> Callback:
@@ -192,6 +191,7 @@ def _rewritten(
     return made
 
 
+@no_collections()
 def _passed(
     captured: Captured,
     options: Options,

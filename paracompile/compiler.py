@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from tqdm import tqdm
 
+from paracompile.garbage import no_collections
 from paracompile.options import Options
 from paracompile.passes.regions import examples_of, regions_of
 from paracompile.report.report import Compilation
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 Compiled = Callable[..., Any]
 
 
+@no_collections()
 def compile_regions(gm: fx.GraphModule, options: Options, defaults: Mapping[str, Any]) -> tuple[Program, Compilation]:
     """Compiles a graph that `cut_into_regions` cut.
 
@@ -79,6 +81,7 @@ def _kernels_built_meanwhile() -> Iterator[None]:
             wait(building, scope)
 
 
+@no_collections()
 def compile_whole(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, defaults: Mapping[str, Any]
 ) -> Compiled:

@@ -1,8 +1,8 @@
-"""No search for garbage while a graph is compiled.
+"""No search for garbage while passes rewrite a graph or a compiler compiles it.
 
-A graph is millions of small objects, nearly all of which live until it is compiled. Python's collector looks at them
-again whenever their number has grown by a quarter: one second in seven of the first call of 57 blocks. What garbage
-there is waits until the compile is over.
+That makes millions of small objects, nearly all of which live until it is done. Python's collector looks at them again
+whenever their number has grown by a quarter: with Dynamo's part one second in seven of the first call of 57 blocks.
+What garbage there is waits until then. While a rank waits for others, the collector runs.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ ROUNDING = 1e-5  # of the largest value
 
 
 def marked(names: tuple[str, ...]) -> list[Any]:
-    """All entries; only those of these names run in `make test`."""
+    """All entries; those of other names run in `make test-all` only."""
     return [name if name in names else pytest.param(name, marks=pytest.mark.full) for name in PIPELINES]
 
 
