@@ -39,19 +39,23 @@ def difference(found: Tensor, expected: Tensor) -> float:
 # One rank
 
 
-def by_quantize_(kind: str) -> Any:
+def trained(how: TorchAoConfig | None = None) -> Any:
+    """With all its blocks, as they were trained: what rounding makes of a picture depends on them."""
     pipe = load()
+    pipe.transformer = FluxTransformer2DModel.from_pretrained(
+        FOLDER, subfolder="transformer", quantization_config=how, dtype=torch.float32
+    )
+    return pipe
+
+
+def by_quantize_(kind: str) -> Any:
+    pipe = trained()
     quantise(pipe.transformer, kind)
     return pipe
 
 
 def by_model(kind: str) -> Any:
-    pipe = load()
-    how = TorchAoConfig(KINDS[kind]())
-    pipe.transformer = FluxTransformer2DModel.from_pretrained(
-        FOLDER, subfolder="transformer", quantization_config=how, dtype=torch.float32
-    )
-    return pipe
+    return trained(TorchAoConfig(KINDS[kind]()))
 
 
 def by_pipeline(kind: str) -> Any:
@@ -75,7 +79,7 @@ def test_each_way_of_quantising_with_the_cache(kind: str, way: str) -> None:
     weights = [parameter for parameter in pipe.transformer.parameters() if is_traceable_wrapper_subclass(parameter)]
     assert len(weights) > 50
     expected = latents(pipe)
-    assert 0.001 < difference(expected, latents(load())) < ONE_OFF
+    assert 0.001 < difference(expected, latents(trained())) < ONE_OFF
     paracompile.parallelize(pipe, rdt=ALWAYS, compiler="eager", fullgraph=True)
     skipped = latents(pipe)
     assert paracompile.cache_stats(pipe.transformer).hits == 3
