@@ -356,7 +356,7 @@ def test_where_a_pass_cannot_do_with_open_sizes_each_is_compiled_and_a_warning_s
 
     monkeypatch.setattr("paracompile.backend.run_passes", failing)
     reports: list[Report] = []
-    model = randomise(Transformer(3))
+    model = randomise(Transformer(2))
     options = {"rdt": 0.1, "compiler": "eager", "report": reports.append}
     compiled = torch.compile(model, backend="paracompile", options=options)
     for number, length in enumerate((12, 15, 18)):

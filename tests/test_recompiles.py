@@ -64,7 +64,7 @@ def test_what_is_held_is_bounded_and_the_least_recent_goes_first(monkeypatch: py
         made.append((sample.shape[1], weakref.ref(call)))
         return call
 
-    model = randomise(Transformer(3))
+    model = randomise(Transformer(2))
     compiled = torch.compile(model, backend=backend, dynamic=False)
 
     def held() -> list[int]:
