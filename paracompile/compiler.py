@@ -20,7 +20,7 @@ from paracompile.passes.regions import examples_of, regions_of
 from paracompile.report.report import Compilation
 from paracompile.runtime.program import Boxed, Program
 from paracompile.torch_private import TracingContext, counters, detect_fake_mode, is_boxed, tracing
-from paracompile.torch_private.compilers import AsyncCompile, aot_eager, compile_fx, list_mode_options
+from paracompile.torch_private.compilers import AsyncCompile, aot_eager, compile_fx, config, list_mode_options
 
 __all__ = ["compile_regions", "compile_whole"]
 
@@ -53,7 +53,8 @@ def compile_regions(gm: fx.GraphModule, options: Options, defaults: Mapping[str,
     seconds = time.perf_counter() - started
     found = Compilation(sum(count.values()), len(count), from_cache, seconds)
     log.info("compiled %s", found)
-    return Program(gm, compiled), found
+    cuda_graphs = _settings(options, defaults).get("triton.cudagraphs", config.triton.cudagraphs)
+    return Program(gm, compiled, cuda_graphs=cuda_graphs), found
 
 
 @contextmanager
@@ -90,9 +91,14 @@ def compile_whole(
         return gm.forward
     if options.compiler == "aot_eager":
         return aot_eager(gm, list(example_inputs))
+    patches = _settings(options, defaults) or None
+    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[return-value]
+
+
+def _settings(options: Options, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's settings that are others than its own."""
     mode = list_mode_options(options.mode) if options.mode is not None else {}
-    patches = {**defaults, **mode, **options.inductor}
-    return compile_fx(gm, list(example_inputs), config_patches=patches or None)  # type: ignore[return-value]
+    return {**defaults, **mode, **options.inductor}
 
 
 def _boxed(compiled: Compiled) -> Boxed:

@@ -43,22 +43,24 @@ def build(family: str, *, quantised: bool = False) -> Built:
     return model, inputs
 
 
-def steps(of: Built, options: dict[str, Any], **compiling: Any) -> tuple[list[Tensor], list[bool]]:
-    """The outputs of four steps of one generation, and which of them were skipped."""
+def steps(of: Built, options: dict[str, Any], *others: Inputs, **compiling: Any) -> tuple[list[Tensor], list[bool]]:
+    """The outputs of four steps of a generation, and which of them were skipped; then of `others`, compiled once."""
     model, inputs = of
     torch._dynamo.reset()
-    paracompile.reset_cache(model)
     compiled = torch.compile(
         model, backend="paracompile", fullgraph=True, options={"rdt": ALWAYS, **options, **compiling}
     )
-    outputs = []
-    with torch.no_grad(), paracompile.cache_context("only"):
-        for number in range(4):
-            given = dict(inputs)
-            given["timestep"] = inputs["timestep"] * (0.01 - 0.001 * number)
-            given["hidden_states"] = inputs["hidden_states"] * (1 + 0.01 * number)
-            outputs.append(compiled(**given)[0].clone())
-    return outputs, [step.hit for step in paracompile.cache_stats(model).slots["only"]]
+    outputs, hits = [], []
+    for generation in (inputs, *others):
+        paracompile.reset_cache(model)
+        with torch.no_grad(), paracompile.cache_context("only"):
+            for number in range(4):
+                given = dict(generation)
+                given["timestep"] = generation["timestep"] * (0.01 - 0.001 * number)
+                given["hidden_states"] = generation["hidden_states"] * (1 + 0.01 * number)
+                outputs.append(compiled(**given)[0].clone())
+        hits += [step.hit for step in paracompile.cache_stats(model).slots["only"]]
+    return outputs, hits
 
 
 def largest_difference(found: list[Tensor], expected: list[Tensor]) -> float:

@@ -3,6 +3,7 @@
     python tests/fake_cuda.py LIBRARY graphs flux     # what the passes make of FLUX.1-dev, on several meshes
     python tests/fake_cuda.py LIBRARY kernels         # which kernels attention takes, and what it allocates
     python tests/fake_cuda.py LIBRARY code flux       # what Inductor's code does, and in which order
+    python tests/fake_cuda.py LIBRARY recorded flux   # what of it CUDA graphs record
 
 A program of its own that prints JSON, since LIBRARY (`build`) tells a whole process that there is a CUDA device.
 """
@@ -347,7 +348,7 @@ def calls_asked_for(region: fx.GraphModule) -> list[str]:
 
 def code(name: str) -> dict[str, list[dict[str, Any]]]:
     """For each mesh, what each different region was asked to call, what its code calls, and where the host waits."""
-    from fake_h200 import inductor_code
+    from fake_h200 import written_by_inductor
 
     from paracompile.mesh import Ranks
     from paracompile.overlap import inductor_settings
@@ -364,7 +365,7 @@ def code(name: str) -> dict[str, list[dict[str, Any]]]:
         made = run_passes(gm, example_inputs, pipeline(ranks, together=True, regions=True))
         result[mesh] = []
         for region in regions_of(made):
-            written = inductor_code(region, examples_of(region), inductor_settings())
+            written = written_by_inductor(region, examples_of(region), inductor_settings()).code
             lines = written[written.index("def call(") :].splitlines()
             result[mesh].append(
                 {
@@ -373,6 +374,41 @@ def code(name: str) -> dict[str, list[dict[str, Any]]]:
                     "host": [line.strip() for line in lines if ".item()" in line or ".cpu()" in line],
                 }
             )
+    return result
+
+
+def recorded(name: str) -> list[dict[str, Any]]:
+    """Of each different region of a graph with a first block cache, what CUDA graphs record.
+
+    excluded, changed: see `Written`.
+    parts: how many CUDA graphs there are.
+    recorded, left: the operators of our own in them, and between them.
+    """
+    from fake_h200 import written_by_inductor
+
+    from paracompile.cache_options import CacheOptions
+    from paracompile.mesh import Ranks
+    from paracompile.passes import pipeline, run_passes
+    from paracompile.passes.regions import examples_of, regions_of
+
+    gm, example_inputs = captured(name)
+    passes = pipeline(Ranks.simulated(ulysses=1, rank=0), cache=CacheOptions(rdt=1.0), together=True, regions=True)
+    result = []
+    for region in regions_of(run_passes(gm, example_inputs, passes)):
+        written = written_by_inductor(region, examples_of(region), {"triton.cudagraphs": True})
+        functions = re.split(r"^ *def (\w+)\(", written.code, flags=re.MULTILINE)
+        own: dict[bool, list[str]] = {True: [], False: []}
+        for function, body in zip(functions[1::2], functions[2::2], strict=True):
+            own[function.startswith("partition_")] += re.findall(r"torch\.ops\.paracompile\.(\w+)\.default\(", body)
+        result.append(
+            {
+                "excluded": written.excluded,
+                "changed": written.changed,
+                "parts": sum(function.startswith("partition_") for function in functions[1::2]),
+                "recorded": own[True],
+                "left": own[False],
+            }
+        )
     return result
 
 
@@ -442,4 +478,6 @@ def _cases() -> Iterator[tuple[str, torch.dtype, int, tuple[int, ...] | None, bo
 if __name__ == "__main__":
     library, what, *rest = sys.argv[1:]
     ctypes.CDLL(library)
-    json.dump({"graphs": graphs, "kernels": kernels, "code": code}[what](*rest), sys.stdout, indent=1)
+    json.dump(
+        {"graphs": graphs, "kernels": kernels, "code": code, "recorded": recorded}[what](*rest), sys.stdout, indent=1
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -25,6 +26,7 @@ import torch.utils._triton as triton
 from torch import Tensor, fx
 from torch._inductor import config
 from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
 
 aten = torch.ops.aten
 
@@ -152,27 +154,51 @@ def _attention_as_on_hopper() -> Iterator[None]:
         operator._dispatch_cache.clear()
 
 
-class _Written(BaseException):
+@dataclass(frozen=True)
+class Written:
+    """What Inductor makes of a graph.
+
+    attributes:
+        code: what runs it.
+        excluded: why it can be no CUDA graph.
+        changed: how many of its inputs it writes to that are no parameters; with any, it is run without a CUDA graph.
+    """
+
+    code: str
+    excluded: str | None
+    changed: int
+
+
+class _Stop(BaseException):
     """The code is there."""
 
 
-def inductor_code(gm: fx.GraphModule, inputs: Sequence[Any], settings: Mapping[str, Any]) -> str:
-    """The code that Inductor writes for a graph."""
-    codes: list[str] = []
+def written_by_inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: Mapping[str, Any]) -> Written:
+    """What Inductor writes for a graph."""
+    found: list[Written] = []
+    static: list[int] = []
+    compile_graph = compile_fx.fx_codegen_and_compile
+
+    def begin(*args: Any, **how: Any) -> Any:
+        static.extend(how["static_input_idxs"])
+        return compile_graph(*args, **how)
 
     def stop(code: str) -> None:
-        codes.append(code)
-        raise _Written
+        graph = V.graph
+        changed = {graph.graph_input_names.index(name) for name in graph.mutated_inputs}
+        found.append(Written(code, graph.disable_cudagraphs_reason, len(changed.difference(static))))
+        raise _Stop
 
     with (
         h200(),
+        mock.patch.object(compile_fx, "fx_codegen_and_compile", begin),
         mock.patch.object(GraphLowering, "save_output_code", staticmethod(stop)),
         config.patch(
             compile_threads=1, force_disable_caches=True, cpp_wrapper=False, joint_graph_constant_folding=False
         ),
         torch.no_grad(),
-        contextlib.suppress(_Written),
+        contextlib.suppress(_Stop),
     ):
         compile_fx.compile_fx(gm, list(inputs), config_patches=dict(settings))
-    (code,) = codes
-    return code
+    (written,) = found
+    return written

@@ -10,6 +10,7 @@ from typing import Any
 
 import fake_cuda
 import pytest
+from quick import quick
 
 pytestmark = pytest.mark.slow
 
@@ -22,12 +23,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def run(library: Path, *arguments: str) -> dict[str, Any]:
+def run(library: Path, *arguments: str) -> Any:
     command = [sys.executable, fake_cuda.__file__, str(library), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return json.loads(done.stdout)
 
 
 def test_attention_takes_the_kernel_that_pytorch_chooses_and_no_mask_becomes_a_matrix(library: Path) -> None:
@@ -91,6 +91,19 @@ def test_the_code_for_a_gpu_keeps_the_order_of_exchanges(model: str, library: Pa
             for kind, ends in (("start", int.__le__), ("wait", int.__ge__)):
                 assert all(map(ends, products_before(calls, kind), products_before(asked, kind))), (mesh, kind)
             assert found["host"] == [], mesh
+
+
+@pytest.mark.parametrize("model", quick(ATTENTIONS, "hunyuan_video"))
+def test_every_region_may_be_a_cuda_graph_without_what_the_host_looks_at(model: str, library: Path) -> None:
+    """Recorded, attention to the keys that one prompt leaves would be that of all prompts."""
+    seen = run(library, "recorded", model)
+    _, attentions, masked = ATTENTIONS[model]
+    assert [found["excluded"] for found in seen] == [None] * len(seen)
+    assert all(found["parts"] > 0 for found in seen)
+    assert sum(found["changed"] > 0 for found in seen) == 1  # the last block that may be skipped stores what they add
+    assert [name for found in seen for name in found["recorded"]] == []
+    looks = ["attention_to_visible"] * attentions + ["visible_keys"] if masked else []
+    assert sorted(name for found in seen for name in found["left"]) == looks
 
 
 def products_before(calls: list[str], kind: str) -> list[int]:

@@ -2,6 +2,9 @@
 
 Values lie in numbered slots. Each is let go before the region that reads it last is called, and a region is given its
 arguments in a list that it empties, so that memory is free as early as in one piece.
+
+Regions may be CUDA graphs. What they return lies where the next call of the model writes, and some of it is read later:
+the record of the cache, and what a second pass (guidance) is combined with. It is copied then.
 """
 
 from __future__ import annotations
@@ -42,11 +45,15 @@ class _Call:
 class Program:
     """The calls of one graph, as `cut_into_regions` leaves it."""
 
-    def __init__(self, gm: fx.GraphModule, compiled: Mapping[fx.GraphModule, Boxed]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, compiled: Mapping[fx.GraphModule, Boxed], *, cuda_graphs: bool = False
+    ) -> None:
         """
         args:
             compiled: what calls each region.
+            cuda_graphs: whether regions may be CUDA graphs.
         """
+        self._copies = cuda_graphs
         self._constants: list[Any] = []
         self._slots: dict[fx.Node, int] = {}
         self._calls: list[_Call] = []
@@ -82,7 +89,10 @@ class Program:
         self._calls.append(_Call(run, given, gone, tuple(made)))
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        return self.run(list(args))
+        outputs = self.run(list(args))
+        if self._copies:
+            return tuple(output.clone() if isinstance(output, torch.Tensor) else output for output in outputs)
+        return outputs
 
     def run(self, arguments: list[Any]) -> tuple[Any, ...]:
         """The graph's outputs; empties the list of its arguments."""

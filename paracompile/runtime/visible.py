@@ -2,7 +2,8 @@
 
 A mask makes `scaled_dot_product_attention` leave its fast kernels, and the hidden keys are computed all the same. Here
 the keys that a row can see are found once for all attentions that share the mask, and each attention runs the fast
-kernel on those alone, with no mask. Lengths are data: one compiled graph serves every prompt of one padded size.
+kernel on those alone, with no mask. Lengths are data: one compiled graph serves every prompt of one padded size. A CUDA
+graph does not: it would run the kernels of the lengths that it was recorded with, so the operators are left out of it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from torch import Tensor
 
 from paracompile.runtime.kernels import attention_by, attention_with_lse, precise, tokens_outermost
 
+_HOST = (torch.Tag.cudagraph_unsafe,)
+"""Of operators that do what the host finds in numbers of theirs."""
 
-@torch.library.custom_op("paracompile::visible_keys", mutates_args=())
+
+@torch.library.custom_op("paracompile::visible_keys", mutates_args=(), tags=_HOST)
 def visible_keys(mask: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Which keys each row can see, part by part: attention takes one part at a time, in a ring, or all as one.
 
@@ -52,7 +56,7 @@ def _(mask: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     return mask.new_empty(mask.shape, dtype=torch.int64), windows
 
 
-@torch.library.custom_op("paracompile::attention_to_visible", mutates_args=())
+@torch.library.custom_op("paracompile::attention_to_visible", mutates_args=(), tags=_HOST)
 def attention_to_visible(
     query: Tensor,
     key: Tensor,
@@ -81,7 +85,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *how: Any, **more: Any) -> Tens
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-@torch.library.custom_op("paracompile::attention_with_lse_to_visible", mutates_args=())
+@torch.library.custom_op("paracompile::attention_with_lse_to_visible", mutates_args=(), tags=_HOST)
 def attention_with_lse_to_visible(
     query: Tensor,
     key: Tensor,

@@ -10,9 +10,10 @@ it. Weights and inputs are random. The parts, in this order:
 
     kernels     `attention_with_lse` against its definition in float64: error, kernel, bytes
     families    small models with the first block cache through Inductor: computed and skipped steps
+    graphs      the same in CUDA graphs (`mode="reduce-overhead"`), for two prompts
     ranks       the graphs of 2, 4 and 8 ranks side by side on this device, against the plain model
     waits       how often a step makes the host wait for the device
-    flux        FLUX.1-dev's size, 1024 x 1024, bfloat16: a step, a skipped one, a rank of 2, 4 and 8, fp8
+    flux        FLUX.1-dev's size, 1024 x 1024, bfloat16: a step, a skipped one, a rank of 2, 4 and 8, CUDA graphs, fp8
     video       HunyuanVideo's size, 720p, 129 frames: what one of eight ranks computes in a step
 
 Seconds are medians. Several variants compile at the same time, and are measured one after the other.

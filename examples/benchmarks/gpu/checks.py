@@ -110,6 +110,29 @@ def families(device: str, family: str) -> Iterator[Check]:
             yield f"{family}, batch {batch}, {str(dtype)[6:]}", *_or_error(look)
 
 
+def graphs(device: str, family: str) -> Iterator[Check]:
+    """The same with CUDA graphs: of computed and skipped steps, and of other inputs of the same shapes."""
+    model, inputs = ALL_FAMILIES[family].build(batch=1)
+    inputs = moved(inputs, device, torch.bfloat16)
+    others = {name: _fewer_visible(value) if name.endswith("mask") else value for name, value in inputs.items()}
+    model.requires_grad_(False).to(device=device, dtype=torch.bfloat16)
+
+    def look() -> tuple[bool, Figures]:
+        found = as_used.steps((model, inputs), {"mode": "reduce-overhead"}, others)
+        expected = as_used.steps((model, inputs), {}, others, compiler="eager")
+        difference = as_used.largest_difference(found[0], expected[0])
+        return found[1] == expected[1] and difference < 0.05, {"hits": found[1], "difference": difference}
+
+    yield family, *_or_error(look)
+
+
+def _fewer_visible(mask: Tensor) -> Tensor:
+    """A mask of text tokens for a prompt of half as many at most."""
+    fewer = mask.clone()
+    fewer[..., mask.shape[-1] // 2 :] = 0
+    return fewer
+
+
 def ranks(device: str, family: str) -> Iterator[Check]:
     """Ranks may be as far from the model in float32 as the model in bfloat16 is itself, and half as much again."""
     model, inputs = ALL_FAMILIES[family].build(heads=8, batch=1)
@@ -183,6 +206,7 @@ def _or_error(look: Callable[[], tuple[bool, Figures]]) -> tuple[bool, Figures]:
 CHECKS: dict[str, Callable[..., Iterator[Check]]] = {
     "kernels": kernels,
     "families": families,
+    "graphs": graphs,
     "ranks": ranks,
     "waits": waits,
 }

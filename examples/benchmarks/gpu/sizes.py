@@ -52,6 +52,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "rank of 4": ours(ranks=4),
         "rank of 8": ours(ranks=8),
         "rank of 2, rdt": ours(ranks=2, rdt=True),
+        "rank of 8, CUDA graphs": ours(ranks=8, options={"mode": "reduce-overhead"}),
         "fp8, paracompile": ours(fp8=True),
         "fp8, paracompile, rdt": ours(rdt=True, fp8=True),
         "fp8, torch.compile": Variant("inductor", fp8=True),
@@ -179,7 +180,7 @@ def measure(device: str, part: str, name: str) -> None:
         if device == "cuda":
             figures["peak bytes"] = torch.cuda.max_memory_allocated()
             figures["profile"] = _profile(timed)
-            if not variant.rdt:
+            if not variant.rdt and not variant.options:
                 figures["step, as a CUDA graph"] = _as_cuda_graph(lambda: call(**inputs))
     for report in reports[:1]:
         figures["collectives"] = report.collectives
