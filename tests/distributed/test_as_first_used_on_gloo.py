@@ -10,7 +10,6 @@ from families import ALL_FAMILIES
 from pool import Pool
 from quick import quick
 
-
 PATIENCE = 800
 """Seconds: on two busy cores Inductor takes minutes for the largest family with everything on."""
 
