@@ -86,3 +86,9 @@ def test_results_are_copied_where_cuda_graphs_are_asked_for(memory: Memory, how:
         (found,) = compiled(randomise(Denoiser()), **how)(image_tokens(), torch.ones(2))
     memory.overwrite()
     assert bool(found.isfinite().all()) is bool(how)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", ["visible_keys", "attention_to_visible", "attention_with_lse_to_visible"])
+def test_what_depends_on_numbers_that_the_host_reads_is_not_recorded(name: str) -> None:
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.paracompile, name).default.tags

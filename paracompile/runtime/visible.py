@@ -17,11 +17,11 @@ from torch import Tensor
 
 from paracompile.runtime.kernels import attention_by, attention_with_lse, precise, tokens_outermost
 
-_HOST = (torch.Tag.cudagraph_unsafe,)
-"""Of operators that do what the host finds in numbers of theirs."""
+_NOT_RECORDED = (torch.Tag.cudagraph_unsafe,)
+"""Of operators whose kernels depend on numbers that the host reads: Inductor leaves them out of CUDA graphs."""
 
 
-@torch.library.custom_op("paracompile::visible_keys", mutates_args=(), tags=_HOST)
+@torch.library.custom_op("paracompile::visible_keys", mutates_args=(), tags=_NOT_RECORDED)
 def visible_keys(mask: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Which keys each row can see, part by part: attention takes one part at a time, in a ring, or all as one.
 
@@ -56,7 +56,7 @@ def _(mask: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     return mask.new_empty(mask.shape, dtype=torch.int64), windows
 
 
-@torch.library.custom_op("paracompile::attention_to_visible", mutates_args=(), tags=_HOST)
+@torch.library.custom_op("paracompile::attention_to_visible", mutates_args=(), tags=_NOT_RECORDED)
 def attention_to_visible(
     query: Tensor,
     key: Tensor,
@@ -85,7 +85,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *how: Any, **more: Any) -> Tens
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-@torch.library.custom_op("paracompile::attention_with_lse_to_visible", mutates_args=(), tags=_HOST)
+@torch.library.custom_op("paracompile::attention_with_lse_to_visible", mutates_args=(), tags=_NOT_RECORDED)
 def attention_with_lse_to_visible(
     query: Tensor,
     key: Tensor,
