@@ -13,6 +13,9 @@ WITHOUT ?= full or slow
 ONE_IN ?= 3
 PYTEST_ARGS ?=
 
+# Every worker, rank and program of the tests would compile the same sources again, which is a minute of ten.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -48,10 +51,10 @@ run: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/run_flux.py --device cpu $(RUN_ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not ($(WITHOUT))' --one-in $(ONE_IN) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not ($(WITHOUT))' --one-in $(ONE_IN) $(PYTEST_ARGS)
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 gpu: $(INSTALLED)
 	$(BIN)/python examples/benchmarks/gpu $(GPU_ARGS)

@@ -81,6 +81,7 @@ def test_the_decoder_is_no_class_that_is_known() -> None:
     assert_sharded(Mine(), [AUTOENCODERS["flux"].latents(ROWS, COLUMNS)], 2, tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_tiles_are_shared_and_give_the_tiled_picture() -> None:
     """Every rank does its part of each tile, here in one graph of all tiles."""
     vae = AUTOENCODERS["flux"].build()

@@ -47,13 +47,17 @@ FAMILIES = {
     "cosmos_3": CachedFamily(cosmos_3, lists=("model.layers",), image=1, change=0.3),
 }
 
-QUICK = ("flux2-klein", "bria_fibo", "sana", "helios")
+QUICK = ("bria_fibo", "helios")
+SLOW = ("flux2-klein", "sana")
 
-CASES = [
-    pytest.param(name, ranks, marks=[] if name in QUICK and ranks == 2 else pytest.mark.full)
-    for name in FAMILIES
-    for ranks in (1, 2, 4)
-]
+
+def marks(name: str, ranks: int) -> list[pytest.MarkDecorator]:
+    if ranks != 2 or name not in (*QUICK, *SLOW):
+        return [pytest.mark.full]
+    return [pytest.mark.slow] if name in SLOW else []
+
+
+CASES = [pytest.param(name, ranks, marks=marks(name, ranks)) for name in FAMILIES for ranks in (1, 2, 4)]
 
 BATCH = 2
 STATE = {  # tokens of the first block's residual, and of what is stored
@@ -93,7 +97,6 @@ def by_hand(name: str, last: int = 0) -> ByHand:
     )
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name, ranks", CASES)
 def test_a_family(name: str, ranks: int) -> None:
     """Computed, skipped, computed; each on every rank, against the model and the formula."""

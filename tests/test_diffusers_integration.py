@@ -241,7 +241,7 @@ def test_one_prompt_s_very_tensors_for_two_images(case: Case) -> None:
     assert hits(pipeline) == case.slots
 
 
-@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_after_a_callback_that_raised(case: Case, step: int) -> None:
     def stop(owner: Any, index: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
         if index == step:

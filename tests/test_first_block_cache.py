@@ -775,6 +775,7 @@ def test_bytes_of_uneven_shares() -> None:
     assert [layout.state_bytes for layout in empty] == [2 * FLOAT * 3 * tokens * 64 for tokens in (1, 1, 0)]
 
 
+@pytest.mark.slow
 def test_bytes_of_a_batch_axis() -> None:
     batch, tokens, width = IMAGE_STREAM["ltx_video"]
     layouts = cached_family("ltx_video", {"batch": 2, "ulysses": 2}).layouts
@@ -813,8 +814,11 @@ def collectives(gm: fx.GraphModule) -> int:
     )
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    "family, ranks",
+    quick(itertools.product(ALL_FAMILIES, (1, 2)), *itertools.product(TWO_FAMILIES, (2,)), left=pytest.mark.slow),
+)
 def test_a_skipped_step_copies_nothing(family: str, ranks: int) -> None:
     """It adds what is stored and does nothing else; only the computing branch writes, once to each stored value."""
     graphs = cached_family(family, {"ulysses": 2} if ranks > 1 else {})

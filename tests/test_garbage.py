@@ -48,7 +48,6 @@ def call(**options: Any) -> None:
     model(image_tokens(), torch.ones(2))
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("regions", [True, False])
 def test_the_collector_rests_while_a_graph_is_compiled(
     collecting: bool, seen: list[tuple[str, bool]], regions: bool

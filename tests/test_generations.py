@@ -94,6 +94,7 @@ def test_after_a_whole_generation(family: str, naming: str, same: bool) -> None:
     assert cache_stats(model).hits >= 2 * sum(hits_of(naming))
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_families_after_a_whole_generation(name: str) -> None:

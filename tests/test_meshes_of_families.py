@@ -43,6 +43,7 @@ def check(family: str, mesh: dict[str, int], **sizes: Any) -> None:
         assert_equal(output, whole.expected)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "family, mesh",

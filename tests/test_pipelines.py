@@ -22,13 +22,12 @@ from torch import Tensor
 
 from paracompile import cache_stats, set_rdt
 
-pytestmark = pytest.mark.shares_graphs
+pytestmark = [pytest.mark.shares_graphs, pytest.mark.whole]
 
-QUICK = (
+QUICK = ("FluxControlNetPipeline", "WanPipeline with two transformers")
+SLOW = (
     "FluxPipeline",
-    "FluxControlNetPipeline",
     "StableDiffusion3Pipeline",
-    "WanPipeline with two transformers",
     "WanVideoToVideoPipeline",
     "LTXPipeline",
     "CosmosTextToWorldPipeline",
@@ -43,9 +42,10 @@ IN_A_FRESH_PROCESS = ("FluxControlNetPipeline",)
 ROUNDING = 1e-5  # of the largest value
 
 
-def marked(names: tuple[str, ...]) -> list[Any]:
+def marked(quick: tuple[str, ...], slow: tuple[str, ...] = ()) -> list[Any]:
     """All entries; those of other names run in `make test-all` only."""
-    return [name if name in names else pytest.param(name, marks=pytest.mark.full) for name in PIPELINES]
+    marks = {**dict.fromkeys(PIPELINES, pytest.mark.full), **dict.fromkeys(slow, pytest.mark.slow)}
+    return [name if name in quick else pytest.param(name, marks=mark) for name, mark in marks.items()]
 
 
 def generate(entry: Entry, pipeline: Any, seed: int) -> Tensor:
@@ -101,7 +101,7 @@ def hits_of(entry: Entry, pipeline: Any) -> dict[str, dict[str, tuple[bool, ...]
     }
 
 
-@pytest.fixture(scope="module", params=marked(QUICK))
+@pytest.fixture(scope="module", params=marked(QUICK, SLOW))
 def ran(request: pytest.FixtureRequest) -> Iterator[Ran]:
     torch._dynamo.reset()
     diffusers.utils.logging.set_verbosity_error()

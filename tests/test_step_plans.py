@@ -53,6 +53,7 @@ def test_what_cannot_be_is_an_error(ratios: list[float], how: dict[str, Any], ke
     assert caught.value.key == key
 
 
+@pytest.mark.slow
 def test_ratios_are_those_of_what_the_blocks_add() -> None:
     """Of each pass, against what hooks see in the model itself; though it skips whenever it may."""
     of, plain = prompts("wan"), build("wan")

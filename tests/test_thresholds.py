@@ -120,6 +120,7 @@ def test_it_changes_what_is_skipped_and_nothing_is_compiled_anew() -> None:
     assert not torch.equal(found[1e9], found[0])
 
 
+@pytest.mark.slow
 def test_the_difference_of_a_step_is_what_it_is_compared_with() -> None:
     """A hit where the difference is below the threshold, by a hair on either side."""
     model, of = compiled(build("wan"), rdt=1e-9), prompts("wan")

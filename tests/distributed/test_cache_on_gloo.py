@@ -49,6 +49,7 @@ def whole(rank: int, family: str, naming: str, options: dict[str, Any]) -> tuple
     return image, hits(model), differences(model), report.ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, naming", quick([("flux", "diffusers"), ("wan", "unnamed")], ("wan", "unnamed")))
 def test_two_ranks_skip_what_one_skips(family: str, naming: str, two_ranks: Pool) -> None:
     expected, skipped, compared, ranks = whole(0, family, naming, SKIPPING)
