@@ -746,6 +746,7 @@ IMAGE_STREAM = {  # batch, tokens, width
 }
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_two_values_as_large_as_the_image_are_stored(family: str) -> None:

@@ -52,6 +52,7 @@ def test_each_pass_of_a_step_has_its_slot() -> None:
     assert slots_of(model) == []
 
 
+@pytest.mark.slow
 def test_conditioning_that_is_made_anew_at_each_step() -> None:
     model = fresh()
     found = Loop(model)([[COND.clone(), UNCOND.clone()] for _ in range(6)], TIMES)

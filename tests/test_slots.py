@@ -165,6 +165,7 @@ def test_a_conditioning_that_was_written_to_is_another() -> None:
     assert len(slots_of(model)) == 1  # the former text cannot come again
 
 
+@pytest.mark.slow
 def test_one_buffer_for_two_conditionings_never_shares_in_inference_mode() -> None:
     """Tensors made there do not tell that they were written to: only the times that come twice do."""
     model, exact = fresh(), fresh()
@@ -322,6 +323,7 @@ def test_state_of_a_conditioning_that_is_gone_goes_with_the_next() -> None:
     assert freed(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "ending, naming",
