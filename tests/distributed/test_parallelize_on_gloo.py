@@ -67,7 +67,6 @@ def first_only(rank: int) -> list[Any]:
     return [output is None, decode.call_count, marks]
 
 
-@pytest.mark.slow
 def test_the_result_may_be_the_first_rank_s_alone(two_ranks: Pool) -> None:
     """The second neither returns nor decodes it."""
     assert two_ranks.run(first_only) == [[False, 1, 1], [True, 0, 1]]
