@@ -52,8 +52,8 @@ class CacheOptions:
         default=None,
         metadata=_about(
             "threshold of the first block cache: the largest relative difference of the first block's residual, from "
-            'the last computed step to this one, at which the others are skipped; `"auto"` takes a known one for the '
-            "model's class",
+            'the last computed step to this one, at which the others are skipped; `"auto"` takes the one that '
+            "ParaAttention has for the model's class (FLUX, HunyuanVideo, Mochi, CogVideoX; an error for others)",
             absent="off",
         ),
     )
@@ -78,7 +78,7 @@ class CacheOptions:
         default=None,
         metadata=_about(
             'a letter for each step of a generation: `"1"` computes, `"0"` skips where anything is stored, `"?"` '
-            "decides by `rdt`, as behind the last letter; `paracompile.steps_by_magnitude` makes one by MagCache's "
+            "lets `rdt` decide, and so do steps after the last letter; `paracompile.steps_by_magnitude` makes one by MagCache's "
             "rule, of what `paracompile.magnitude_ratios` measures",
         ),
     )
@@ -86,7 +86,7 @@ class CacheOptions:
         default="residual",
         metadata=_about(
             'what tells how much changed: `"residual"`, what the first blocks add, or `"modulation"`, what the first '
-            "of them makes of its input for its first product (TeaCache's sign)",
+            "of them makes of its input for its first product (TeaCache's signal)",
         ),
     )
     coefficients: tuple[float, ...] | None = field(
