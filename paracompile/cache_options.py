@@ -78,8 +78,8 @@ class CacheOptions:
         default=None,
         metadata=_about(
             'a letter for each step of a generation: `"1"` computes, `"0"` skips where anything is stored, `"?"` '
-            "lets `rdt` decide, and so do steps after the last letter; `paracompile.steps_by_magnitude` makes one by MagCache's "
-            "rule, of what `paracompile.magnitude_ratios` measures",
+            "lets `rdt` decide, and so do steps after the last letter; `paracompile.steps_by_magnitude` makes one by "
+            "MagCache's rule, of what `paracompile.magnitude_ratios` measures",
         ),
     )
     watch: Watch = field(

@@ -133,7 +133,7 @@ def verified(run: Callable[..., Any], captured: Captured, ints: frozenset[int]) 
 
 def _state_like(cache: CacheLayout, captured: Captured) -> StateLike:
     record, *state = ((sizes_of(like), like.dtype, like.device) for like in (cache.record, *cache.state))
-    symbols = free_symbols_of(cache.state)
+    symbols = free_symbols_of((cache.record, *cache.state))
     return StateLike(record, tuple(state), cache.added, {symbol: captured.symbols[symbol] for symbol in symbols})
 
 

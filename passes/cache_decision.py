@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import fx
 
 from paracompile.cache_options import CacheOptions
+from paracompile.layout.sizes import sizes_of
 from paracompile.mesh import Ranks
 from paracompile.passes.fingerprints import NUMBERS, Habits
 from paracompile.passes.writer import GraphWriter, as_float
@@ -273,7 +275,7 @@ class Decision:
 
 def count_of(times: fx.Node) -> int:
     """How many numbers a time holds: rows of the batch, which the record has a place for each of."""
-    return int(times.meta["val"].numel())
+    return prod(sizes_of(times.meta["val"]))
 
 
 def sign_of(write: GraphWriter, watched: Sequence[fx.Node], rules: CacheOptions) -> fx.Node:

@@ -258,7 +258,7 @@ class _Writer:
                 like += [torch.empty(made.shape, dtype=made.dtype, device=made.device) for _ in range(count)]
             times = sum(count_of(self._placeholder(index)) for index in self.skipped.times)
             length = Record.length(times, len(self.skipped.inputs))
-            record = torch.empty(length, dtype=torch.float32, device=sample.device)
+            record = torch.empty(symbols_in([length]), dtype=torch.float32, device=sample.device)
             control = torch.empty(Control.length(self.rules), dtype=torch.float32, device=sample.device)
         self.control = self._input("cache_control", control)
         self.record = self._input("cache_record", record)

@@ -34,7 +34,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 from torch.fx.traceback import preserve_node_meta
 
 from paracompile.errors import GraphError
-from paracompile.layout.sizes import formula, numbers_in, size_of
+from paracompile.layout.sizes import formula, numbers_in, size_of, sizes_of
 from paracompile.passes.equal_blocks import STAND_IN, fold_equal_blocks, unfold
 from paracompile.passes.numbers import write_numbers
 from paracompile.passes.strides import spell_strides
@@ -180,7 +180,7 @@ def _respell(node: fx.Node) -> None:
         _drop(node, None)
     elif node.target in _RESHAPES:
         node.target = aten.reshape.default
-    elif node.target is aten.dropout.default and not (node.args[1] and node.args[2]):
+    elif _is_identity(node):
         _drop(node, node.args[0])
     elif node.target in (aten.type_as.default, aten.copy.default):
         source = node.args[0 if node.target is aten.type_as.default else 1]
@@ -200,6 +200,19 @@ def _respell(node: fx.Node) -> None:
         node.kwargs = {"dtype": made.dtype, "device": made.device, "pin_memory": False}
     elif node.target is aten.scaled_dot_product_attention.default:
         _spell_casts(node)
+
+
+def _is_identity(node: fx.Node) -> bool:
+    """Dropout of a model that evaluates; a slice of all there is, as `x[:, 1:]` takes of the first dimension.
+
+    (Where sizes are numbers, torch leaves such a slice out itself.)
+    """
+    if node.target is aten.dropout.default:
+        return not (node.args[1] and node.args[2])
+    source, made = node.args[0] if node.args else None, node.meta.get("val")
+    if node.target is not aten.slice.Tensor or not isinstance(source, fx.Node) or not isinstance(made, torch.Tensor):
+        return False
+    return bool(sizes_of(source.meta["val"]) == sizes_of(made))
 
 
 def _place_numbers(traced: fx.GraphModule) -> None:

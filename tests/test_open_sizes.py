@@ -18,14 +18,16 @@ import sympy
 import torch
 from all_ranks import of_all_ranks
 from capture import assert_equal
+from denoising import ALWAYS
 from lockstep import run_lockstep
 from open_sizes import COUNT, FAMILIES, built
 from quick import quick
 from random_tensors import draw, randomise
-from small_models import BATCH, WIDTH, SelfAttention, Transformer
+from small_models import BATCH, WIDTH, Denoiser, SelfAttention, Transformer
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from paracompile import cache_context, cache_stats
 from paracompile.backend import paracompile
 from paracompile.guards import Guards
 from paracompile.layout.factors import Factor, Op, Rule
@@ -309,6 +311,34 @@ def test_the_default_compiler() -> None:
     assert reports[1].open_sizes == ("x.shape[1]",)
     assert reports[1].compilation is not None
     assert reports[1].compilation.different < reports[1].compilation.regions
+
+
+class OfImage(Denoiser):
+    """Gives the tokens behind others, as FLUX does: `[:, 4:]` takes all rows, of which there may be any number."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, **more: Any) -> tuple[Tensor]:
+        x = self.proj_in(hidden_states) * (1 + timestep.reshape(-1, 1, 1))
+        for block in self.blocks:
+            x = block(x)
+        return (self.proj_out(x[:, 4:]),)
+
+
+def test_batches_stay_open_with_the_cache() -> None:
+    """What a call is told by has a number for each row."""
+    reports: list[Report] = []
+    model = randomise(OfImage().requires_grad_(False))
+    options = {"rdt": ALWAYS, "compiler": "eager", "report": reports.append}
+    compiled = torch.compile(model, backend="paracompile", options=options)
+    for rows in (2, 3, 5, 4):
+        tokens = draw(rows, 12, 10)
+        for number, time in enumerate((0.9, 0.8)):
+            with cache_context("only"):
+                (found,) = compiled(tokens, torch.full((rows,), time))
+            if number == 0:
+                assert_equal(found, model(tokens, torch.full((rows,), time))[0])
+        assert [[step.hit for step in steps] for steps in cache_stats(model).slots.values()] == [[False, True]]
+    assert len(reports) == 2
+    assert reports[1].open_sizes == ("hidden_states.shape[0]",)
 
 
 @torch.library.custom_op("paracompile_tests::turned", mutates_args=())

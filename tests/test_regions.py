@@ -460,15 +460,15 @@ def test_a_graph_whose_gradients_are_wanted_is_compiled_as_it_is() -> None:
 @pytest.mark.slow
 @pytest.mark.full
 def test_sizes_on_one_rank() -> None:
-    """A second size is compiled in regions, as the first was; symbols that were asked for stay, in one piece."""
+    """Two compiles serve all sizes, one where open ones were asked for; all are in regions."""
     model = randomise(Denoiser(4))
-    for dynamic, compiles, in_regions in ((None, 3, True), (True, 1, False)):
+    for dynamic, compiles in ((None, 2), (True, 1)):
         compiled, compilations = one_rank(model, dynamic=dynamic)
         for tokens in (24, 36, 48):
             given = {"hidden_states": draw(BATCH, tokens, 10), "timestep": torch.ones(BATCH)}
             with torch.no_grad():
                 torch.testing.assert_close(compiled(**given)[0], model(**given)[0], rtol=1e-4, atol=1e-5)
-        assert [compilation is not None for compilation in compilations] == [in_regions] * compiles
+        assert [compilation is not None for compilation in compilations] == [True] * compiles
 
 
 def test_a_number_among_the_results_of_a_piece() -> None:

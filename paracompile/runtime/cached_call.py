@@ -63,10 +63,11 @@ class StateLike:
         values = tuple(args[place] for place in self.symbols.values())
         if values not in self._found:
             known = dict(zip(self.symbols, values, strict=True))
-            state = (
-                (tuple(evaluate(size, known) for size in shape), dtype, device) for shape, dtype, device in self.state
+            record, *state = (
+                (tuple(evaluate(size, known) for size in shape), dtype, device)
+                for shape, dtype, device in (self.record, *self.state)
             )
-            self._found[values] = StateLike(self.record, tuple(state), self.added)
+            self._found[values] = StateLike(record, tuple(state), self.added)
         return self._found[values]
 
 
