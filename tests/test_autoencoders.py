@@ -24,7 +24,6 @@ cases = pytest.mark.parametrize("name", AUTOENCODERS)
 on_ranks = pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.full)])
 
 
-@pytest.mark.whole
 @pytest.mark.sampled(2)
 @cases
 @on_ranks

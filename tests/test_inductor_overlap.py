@@ -24,6 +24,8 @@ import paracompile
 from paracompile import patterns
 from paracompile.patterns.exchanges import Link
 
+pytestmark = pytest.mark.slow
+
 _START = re.compile(r"(\w+) = torch\.ops\._c10d_functional\.(all_to_all_single|all_gather_into_tensor)\.default\(")
 _WAIT = re.compile(r"torch\.ops\._c10d_functional\.wait_tensor\.default\((\w+)\)")
 _LINEAR = re.compile(r"extern_kernels\.(?:addmm|bmm|mm)\(")

@@ -43,7 +43,7 @@ def verified(model: nn.Module, **options: Any) -> Callable[..., Any]:
 OPTIONS = [{"compiler": "eager"}, {"compiler": "eager", "rdt": 0.1}, {}, {"regions": False}]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.filterwarnings("ignore:paracompile. rdt was given")
 def test_what_is_right_passes_and_is_written_once(options: dict[str, Any]) -> None:

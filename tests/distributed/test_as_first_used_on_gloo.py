@@ -19,6 +19,7 @@ def on_a_rank(rank: int, family: str, quantised: bool, options: dict[str, Any]) 
     return outputs, hits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", quick(ALL_FAMILIES, "wan"))
 def test_computed_and_skipped_steps(family: str, two_ranks: Pool) -> None:
     expected, _ = steps(build(family), {}, compiler="eager")

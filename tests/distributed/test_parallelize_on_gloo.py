@@ -42,6 +42,7 @@ def check(found: Tensor, expected: Tensor) -> None:
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_all_ranks_end_with_the_picture_of_the_first(two_ranks: Pool) -> None:
     first, second = two_ranks.run(pictures)
     assert first["said"].splitlines()[0] == "paracompile: FluxPipeline on 2 ranks (ulysses 2)"
