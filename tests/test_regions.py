@@ -413,6 +413,7 @@ def places(gm: fx.GraphModule, region: fx.GraphModule) -> list[int]:
     return [inputs.index(argument) for argument in call.args]
 
 
+@pytest.mark.slow
 def test_a_graph_that_the_passes_cannot_take_is_compiled_as_it_is_and_said_to_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

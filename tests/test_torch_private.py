@@ -668,6 +668,7 @@ def test_a_node_can_be_made_to_wait_for_another() -> None:
     assert [str(node.target) for node in waits] == ["control_deps"]
 
 
+@pytest.mark.slow
 @of("compile_fx", "AsyncCompile", "counters", "cpp_builder", "pick_vec_isa")
 def test_inductor_compiles_a_graph_and_finds_it_again() -> None:
     compilers.pick_vec_isa()

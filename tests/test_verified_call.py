@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from denoising import build, compiled, generate, prompts
+from quick import quick
 from random_tensors import draw, randomise
 from small_models import Transformer, close, image_tokens
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ OPTIONS = [{"compiler": "eager"}, {"compiler": "eager", "rdt": 0.1}, {}, {"regio
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", quick(OPTIONS, *OPTIONS[:2], left=pytest.mark.slow), ids=str)
 @pytest.mark.filterwarnings("ignore:paracompile. rdt was given")
 def test_what_is_right_passes_and_is_written_once(options: dict[str, Any]) -> None:
     model, other = randomise(Counting()), randomise(Counting())
