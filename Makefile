@@ -13,7 +13,7 @@ WITHOUT ?= full or slow
 ONE_IN ?= 3
 PYTEST_ARGS ?=
 
-# Every worker, rank and program of the tests would compile the same sources again, which is a minute of ten.
+# Without bytecode every worker, rank and program of the tests compiles the same sources again: a worker for nine seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
 VENV := .venv

@@ -209,10 +209,11 @@ def _is_identity(node: fx.Node) -> bool:
     """
     if node.target is aten.dropout.default:
         return not (node.args[1] and node.args[2])
-    source, made = node.args[0] if node.args else None, node.meta.get("val")
-    if node.target is not aten.slice.Tensor or not isinstance(source, fx.Node) or not isinstance(made, torch.Tensor):
+    if node.target is not aten.slice.Tensor:
         return False
-    return bool(sizes_of(source.meta["val"]) == sizes_of(made))
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return bool(sizes_of(source.meta["val"]) == sizes_of(node.meta["val"]))
 
 
 def _place_numbers(traced: fx.GraphModule) -> None:

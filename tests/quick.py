@@ -1,7 +1,7 @@
 """Which cases of a test run in `make test` and in continuous integration; `make test-all` runs every one.
 
-A family, a mesh or a setting is left to the latter, or with `left=pytest.mark.slow` to the second, where another runs
-the same code and could break only with it.
+A family, a mesh or a setting is left to the latter, or as `slow` to the second, where another runs the same code and
+could break only with it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import pytest
 __all__ = ["quick"]
 
 
-def quick(cases: Iterable[Any], *chosen: Any, left: pytest.MarkDecorator = pytest.mark.full) -> list[Any]:
-    """All cases for `pytest.mark.parametrize`; those that are not among the chosen bear the mark `left`."""
-    cases = list(cases)
-    assert all(each in cases for each in chosen), "a chosen case is none of the cases"
-    return [
-        case if case in chosen else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=left)
-        for case in cases
-    ]
+def quick(cases: Iterable[Any], *chosen: Any, slow: Iterable[Any] = ()) -> list[Any]:
+    """All cases for `pytest.mark.parametrize`; of those that are not chosen some are `slow`, the others `full`."""
+    cases, slow = list(cases), list(slow)
+    assert all(each in cases for each in [*chosen, *slow]), "a chosen case is none of the cases"
+
+    def marked(case: Any) -> Any:
+        mark = pytest.mark.slow if case in slow else pytest.mark.full
+        return case if case in chosen else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=mark)
+
+    return list(map(marked, cases))

@@ -9,7 +9,7 @@ from families import ALL_FAMILIES
 from quick import quick
 
 
-@pytest.mark.parametrize("family", quick(ALL_FAMILIES, "wan", left=pytest.mark.slow))
+@pytest.mark.parametrize("family", quick(ALL_FAMILIES, "wan", slow=ALL_FAMILIES))
 def test_computed_and_skipped_steps(family: str) -> None:
     of = build(family)
     found, hits = steps(of, {})

@@ -6,6 +6,7 @@ Each is held against the model itself in float64, as in `test_first_block_cache`
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from capture import Captured, capture
 from families import Inputs
 from more_families import MORE_FAMILIES, CachedFamily
 from other_families import OTHER_FAMILIES
+from quick import quick
 from torch import nn
 
 
@@ -50,14 +52,11 @@ FAMILIES = {
 QUICK = ("bria_fibo", "helios")
 SLOW = ("flux2-klein", "sana")
 
-
-def marks(name: str, ranks: int) -> list[pytest.MarkDecorator]:
-    if ranks != 2 or name not in (*QUICK, *SLOW):
-        return [pytest.mark.full]
-    return [pytest.mark.slow] if name in SLOW else []
-
-
-CASES = [pytest.param(name, ranks, marks=marks(name, ranks)) for name in FAMILIES for ranks in (1, 2, 4)]
+CASES = quick(
+    product(FAMILIES, (1, 2, 4)),
+    *product(QUICK, (2,)),
+    slow=product(SLOW, (2,)),
+)
 
 BATCH = 2
 STATE = {  # tokens of the first block's residual, and of what is stored

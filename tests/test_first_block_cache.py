@@ -815,11 +815,12 @@ def collectives(gm: fx.GraphModule) -> int:
     )
 
 
+ON_TWO_RANKS = list(itertools.product(TWO_FAMILIES, (2,)))
+ON_ONE_OR_TWO = list(itertools.product(ALL_FAMILIES, (1, 2)))
+
+
 @pytest.mark.whole
-@pytest.mark.parametrize(
-    "family, ranks",
-    quick(itertools.product(ALL_FAMILIES, (1, 2)), *itertools.product(TWO_FAMILIES, (2,)), left=pytest.mark.slow),
-)
+@pytest.mark.parametrize("family, ranks", quick(ON_ONE_OR_TWO, *ON_TWO_RANKS, slow=ON_ONE_OR_TWO))
 def test_a_skipped_step_copies_nothing(family: str, ranks: int) -> None:
     """It adds what is stored and does nothing else; only the computing branch writes, once to each stored value."""
     graphs = cached_family(family, {"ulysses": 2} if ranks > 1 else {})

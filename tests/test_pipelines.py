@@ -18,6 +18,7 @@ import pytest
 import torch
 from denoising import ALWAYS
 from pipelines import MOST_HITS, PIPELINES, SKIPS, STEPS, Entry, build
+from quick import quick
 from torch import Tensor
 
 from paracompile import cache_stats, set_rdt
@@ -40,12 +41,6 @@ SLOW = (
 )
 IN_A_FRESH_PROCESS = ("FluxControlNetPipeline",)
 ROUNDING = 1e-5  # of the largest value
-
-
-def marked(quick: tuple[str, ...], slow: tuple[str, ...] = ()) -> list[Any]:
-    """All entries; those of other names run in `make test-all` only."""
-    marks = {**dict.fromkeys(PIPELINES, pytest.mark.full), **dict.fromkeys(slow, pytest.mark.slow)}
-    return [name if name in quick else pytest.param(name, marks=mark) for name, mark in marks.items()]
 
 
 def generate(entry: Entry, pipeline: Any, seed: int) -> Tensor:
@@ -101,7 +96,7 @@ def hits_of(entry: Entry, pipeline: Any) -> dict[str, dict[str, tuple[bool, ...]
     }
 
 
-@pytest.fixture(scope="module", params=marked(QUICK, SLOW))
+@pytest.fixture(scope="module", params=quick(PIPELINES, *QUICK, slow=SLOW))
 def ran(request: pytest.FixtureRequest) -> Iterator[Ran]:
     torch._dynamo.reset()
     diffusers.utils.logging.set_verbosity_error()
@@ -184,7 +179,7 @@ torch.save(generate(entry, compiled(entry, build(name)), 1), file)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ran", marked(IN_A_FRESH_PROCESS), indirect=True)
+@pytest.mark.parametrize("ran", quick(PIPELINES, *IN_A_FRESH_PROCESS), indirect=True)
 def test_a_generation_is_the_same_in_a_fresh_process(ran: Ran, tmp_path: Path) -> None:
     """As after two others in this one."""
     file = tmp_path / "alone.pt"

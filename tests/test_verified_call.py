@@ -45,7 +45,7 @@ OPTIONS = [{"compiler": "eager"}, {"compiler": "eager", "rdt": 0.1}, {}, {"regio
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("options", quick(OPTIONS, *OPTIONS[:2], left=pytest.mark.slow), ids=str)
+@pytest.mark.parametrize("options", quick(OPTIONS, *OPTIONS[:2], slow=OPTIONS), ids=str)
 @pytest.mark.filterwarnings("ignore:paracompile. rdt was given")
 def test_what_is_right_passes_and_is_written_once(options: dict[str, Any]) -> None:
     model, other = randomise(Counting()), randomise(Counting())
