@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx, py_sym_types
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols, statically_known_true
 from torch.fx.traceback import preserve_node_meta
 
 from paracompile.errors import GraphError
-from paracompile.layout.sizes import formula, numbers_in, size_of, sizes_of
+from paracompile.layout.sizes import formula, numbers_in, size_of
 from paracompile.passes.equal_blocks import STAND_IN, fold_equal_blocks, unfold
 from paracompile.passes.numbers import write_numbers
 from paracompile.passes.strides import spell_strides
@@ -213,7 +213,8 @@ def _is_identity(node: fx.Node) -> bool:
         return False
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    return bool(sizes_of(source.meta["val"]) == sizes_of(node.meta["val"]))
+    before, after = source.meta["val"].shape, node.meta["val"].shape
+    return all(statically_known_true(one == other) for one, other in zip(before, after, strict=True))
 
 
 def _place_numbers(traced: fx.GraphModule) -> None:

@@ -421,7 +421,7 @@ class CutAtLength(Denoiser):
     def forward(self, hidden_states: Tensor, timestep: Tensor, mask: Tensor) -> tuple[Tensor]:
         length = mask.sum().item()
         torch._check(length > 1)
-        torch._check(length < IMAGE)
+        torch._check(length <= IMAGE)
         output: tuple[Tensor] = super().forward(hidden_states[:, :length], timestep)
         return output
 
