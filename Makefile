@@ -1,5 +1,8 @@
 # make run | test | test-all | gpu | wheels | gpu-offline | lint | format | clean. Each makes .venv with what it needs first.
 PYTHON ?= python3
+PINNED := $(shell sed -n 's/^torch==//p' constraints.txt)
+# Another version of torch gets an environment of its own, with all else as in constraints.txt.
+TORCH ?= $(PINNED)
 RANKS ?= 2
 RUN_ARGS ?=
 GPU_ARGS ?=
@@ -16,7 +19,7 @@ PYTEST_ARGS ?=
 # Without bytecode every worker, rank and program of the tests compiles the same sources again: a worker for nine seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-VENV := .venv
+VENV := .venv$(if $(filter-out $(PINNED),$(TORCH)),-torch-$(TORCH))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
@@ -30,6 +33,7 @@ help:
 	@echo 'make run        a small FluxPipeline on this CPU: plainly, over $(RANKS) ranks, and with blocks skipped'
 	@echo 'make test       the tests without the slow ones, of like cases one in three (all: make test WITHOUT=full ONE_IN=1)'
 	@echo 'make test-all   the tests and the long matrix'
+	@echo '                each with TORCH=2.15.0 (say) in .venv-torch-2.15.0, with that torch instead of $(PINNED)'
 	@echo 'make gpu        checks and figures on a CUDA device, ten minutes at most'
 	@echo 'make wheels     what make gpu-offline needs beside torch, on a machine without a network'
 	@echo 'make gpu-offline   the same as make gpu, with $$PYTHON and its torch, transformers, accelerate and the like'
@@ -43,8 +47,9 @@ venv: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "paracompile needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,dev]'
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) install --quiet --constraint $(VENV)/constraints.txt torch
+	$(PIP) install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation --editable '.[test,dev]'
 	@touch $@
 
 run: $(INSTALLED)
@@ -85,4 +90,4 @@ format: $(INSTALLED)
 
 clean:
 	rm -rf build dist output *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -146,8 +146,9 @@ NEVER_SKIPPED = {
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
 @pytest.mark.parametrize("name", BUILDERS)
-def test_blocks_are_skipped_or_a_warning_says_why_not(name: str) -> None:
+def test_blocks_are_skipped_or_a_warning_says_why_not(name: str, compiler: str) -> None:
     """Called once more with the same inputs, what was stored stands for the blocks exactly."""
     model, inputs = BUILDERS[name]()
     with torch.no_grad():
@@ -157,7 +158,7 @@ def test_blocks_are_skipped_or_a_warning_says_why_not(name: str) -> None:
         BUILDERS[name]()[0],
         backend="paracompile",
         fullgraph=name in ONE_GRAPH,
-        options={"rdt": ALWAYS, "compiler": "eager"},
+        options={"rdt": ALWAYS, "compiler": compiler},
     )
     generation = begin_generation()
     found = []
