@@ -13,6 +13,7 @@ to other ranks it is a tensor like others.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,13 +27,17 @@ __all__ = ["write_numbers"]
 
 
 def write_numbers(gm: fx.GraphModule, numbers: Numbers) -> fx.GraphModule:
-    """Dynamo's graph with tensors in the place of the numbers that are kept; `gm` is not touched."""
-    if not numbers.kept:
-        return gm
+    """A copy of Dynamo's graph with tensors in the place of the numbers that are kept.
+
+    It refers to no real tensor, as Dynamo's own does: until Python collects the copy, torch could not move a quantised
+    weight.
+    """
     values = (node.meta.get("example_value") for node in gm.graph.nodes)
-    fake_mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))  # the inputs have another
-    with evaluating(fake_mode):
+    modes = (value.fake_mode for value in values if isinstance(value, FakeTensor))  # the inputs have another
+    with evaluating(next(modes)) if numbers.kept else nullcontext():
         graph = _Writer(numbers.kept).written(gm.graph)
+    for node in graph.find_nodes(op="placeholder"):
+        node.meta.pop("grapharg", None)
     return LazyGraphModule(gm, graph)
 
 

@@ -44,6 +44,7 @@ from paracompile.torch_private import (
     FakeTensorMode,
     LazyGraphModule,
     detect_fake_mode,
+    forget_originals,
     is_traceable_wrapper_subclass,
     set_parameter_sources,
     set_source,
@@ -128,6 +129,7 @@ class _Cutter:
         self.made.clear()
         self.names.clear()
         self._write(self.gm)
+        forget_originals(self.fake_mode)
 
     def _look_through(self, part: fx.GraphModule) -> None:
         """Finds the regions of a graph, and their signatures before any are joined."""

@@ -362,6 +362,28 @@ def test_one_compile_serves_all_prompts_of_a_padded_size() -> None:
     assert len(compiles) == 1
 
 
+class Apart(Attend):
+    """Two streams that attend apart, each with a mask of the same lengths for its own number of tokens."""
+
+    def forward(self, x: Tensor, y: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        def masked(stream: Tensor) -> Tensor:
+            return self.attend(stream, (torch.arange(stream.shape[1]) < lengths[:, None])[:, None, None])
+
+        return masked(x), masked(y)
+
+
+def test_masks_that_only_happened_to_be_of_one_length_are_two() -> None:
+    """At the second call, which is the one that is compiled with open sizes."""
+    model = randomise(Apart())
+    compiles: list[Any] = []
+    run = compiled_on_one_rank(model, report=compiles.append)
+    for number, other in ((10, 6), (16, 16), (12, 16), (10, 18), (20, 16)):
+        given = draw(BATCH, number, WIDTH), draw(BATCH, other, WIDTH), torch.tensor([max(number, other) - 2, 5])
+        with torch.no_grad():
+            close(run(*given), model(*given))
+    assert len(compiles) == 2
+
+
 # What is left alone
 
 

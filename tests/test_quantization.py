@@ -17,8 +17,8 @@ from denoising import ALWAYS
 from diffusers import FluxPipeline, FluxTransformer2DModel, PipelineQuantizationConfig, TorchAoConfig
 from quantised import BY_TENSOR, KINDS, WIDTH, block, quantise, tokens
 from quick import quick
-from random_tensors import draw
-from small_models import mesh_name, shard
+from random_tensors import draw, randomise
+from small_models import Denoiser, mesh_name, shard
 from test_parallelize import FOLDER, latents, load
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -100,6 +100,25 @@ def test_under_inductor_with_the_cache(kind: str, bound: float) -> None:
     assert difference(skipped, expected) > 0.1
     paracompile.set_rdt(pipe.transformer, 0)
     assert difference(latents(pipe, num_inference_steps=2), expected) < bound
+
+
+@pytest.mark.parametrize("kind", quick(["int8", "int8 weights"], "int8"))
+def test_a_model_is_moved_after_its_first_call(kind: str) -> None:
+    """As offloading does. torch moves a quantised weight only if nothing refers to it weakly."""
+    model = quantise(randomise(Denoiser(channels=WIDTH)), kind)
+    torch._dynamo.reset()
+    call = torch.compile(model, backend="paracompile", fullgraph=True, options={"rdt": 1e-9, "compiler": "eager"})
+    sample = draw(2, 12, WIDTH)
+    for threshold, hits in ((ALWAYS, [False, True, True]), (0, [False, False, False])):
+        paracompile.set_rdt(model, threshold)
+        paracompile.reset_cache(model)
+        with torch.no_grad(), paracompile.cache_context("cond"):
+            for time in (0.9, 0.8, 0.7):
+                (found,) = call(sample, torch.full((2,), time))
+                model.to("cpu")
+        assert [step.hit for step in paracompile.cache_stats(model).slots["cond"]] == hits
+    with torch.no_grad():
+        assert torch.equal(found, model(sample, torch.full((2,), time))[0])
 
 
 # Several ranks, in lockstep

@@ -33,7 +33,7 @@ from small_models import Transformer, image_tokens
 from torch import Tensor, nn
 
 from paracompile import OptionError, cache_context, cache_stats, reset_cache, set_rdt
-from paracompile.runtime.slots import UNKNOWN, CallSigns, current_name
+from paracompile.runtime.slots import UNKNOWN, CallSigns, begin_generation, current_name, end_step
 
 pytestmark = pytest.mark.shares_graphs
 
@@ -67,10 +67,10 @@ def hits(model: nn.Module) -> dict[str, list[bool]]:
     return {name: [step.hit for step in steps] for name, steps in cache_stats(model).slots.items()}
 
 
-def computed(step: int, conditioning: Tensor) -> Tensor:
+def computed(step: int, conditioning: Tensor, sample: Tensor | None = None) -> Tensor:
     model = fresh()
     set_rdt(model, 0)
-    return call(model, step, conditioning)
+    return call(model, step, conditioning, sample)
 
 
 # Names
@@ -222,6 +222,24 @@ def test_a_name_takes_no_state_of_a_call_without_one() -> None:
         call(model, step, given)
     with cache_context("call 1"):
         assert torch.equal(call(model, 3, given), computed(3, given))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_several_calls_of_the_first_step_wrote_to_is_nobody_s(named: bool) -> None:
+    """Two calls a step of one name, or without one and of one conditioning, which only the second step tells apart."""
+    model = fresh()
+    one = text()
+    conditioning = (one, text(2)) if named else (one, one)
+    generation = begin_generation()
+    for step in range(4):
+        for place in range(2):
+            with cache_context("cond") if named else contextlib.nullcontext():
+                found = call(model, step, conditioning[place], noises()[step] * (1 - 2 * place))
+            if step == 1:
+                assert torch.equal(found, computed(step, conditioning[place], noises()[step] * (1 - 2 * place)))
+        end_step()
+    generation.over = True
+    assert list(hits(model).values()) == [[False, False, False, True, True], [False, True, True]]
 
 
 class Timed(Transformer):

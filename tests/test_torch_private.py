@@ -520,6 +520,19 @@ def test_tensors_made_of_tensors_are_told_apart() -> None:
     assert not torch_private.is_traceable_wrapper_subclass(3)
 
 
+@of("forget_originals")
+def test_what_fake_tensors_were_made_of_can_be_swapped() -> None:
+    weight = TwoTensor(torch.ones(3), torch.ones(3))
+    mode = torch_private.FakeTensorMode(shape_env=ShapeEnv())
+    fake = mode.from_tensor(weight)
+    with pytest.raises(RuntimeError, match="weakref"):
+        torch.utils.swap_tensors(weight, TwoTensor(torch.zeros(3), torch.zeros(3)))
+    torch_private.forget_originals(mode)
+    torch.utils.swap_tensors(weight, TwoTensor(torch.zeros(3), torch.zeros(3)))
+    assert not weight.a.any()
+    assert fake.shape == (3,)
+
+
 @of("tree_flatten", "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten")
 def test_nested_arguments_have_leaves() -> None:
     assert torch_private.tree_leaves((1, [2, {"a": 3}])) == [1, 2, 3]

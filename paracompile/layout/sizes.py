@@ -256,6 +256,14 @@ class Size(int):
     def __hash__(self) -> int:
         return super().__hash__()
 
+    def __repr__(self) -> str:
+        """The formula: what is told apart by how it is spelled must not take two sizes for one that only happen to be
+        the same number."""
+        return str(self.expression)
+
+    def __str__(self) -> str:
+        return super().__repr__()
+
     def __bool__(self) -> bool:
         return bool(self != 0)
 

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from paracompile.layout.sizes import evaluate
 from paracompile.runtime.history import History
 from paracompile.runtime.slots import UNKNOWN, Call, CallSigns, Generation, current_generation, current_name
+from paracompile.torch_private import is_traceable_wrapper_subclass
 
 __all__ = [
     "CachedCall",
@@ -109,8 +110,14 @@ class SlotsOfGraph:
     calls: dict[str | None, tuple[int, int]] = field(default_factory=dict)
 
     def place(self, name: str | None, step: int) -> int:
-        """Which call of this step and this name the present one is, from 0."""
+        """Which call of this step and this name the present one is, from 0.
+
+        From the second step on nothing else tells calls of one name apart. If the first step had more of them than
+        slots, several calls wrote to one: what it holds is nobody's.
+        """
         last, calls = self.calls.get(name, (step, 0))
+        if last == 0 < step and calls != sum(slot.name == name for slot in self.all):
+            self.keep([slot for slot in self.all if slot.name != name])
         calls = calls if last == step else 0
         self.calls[name] = step, calls + 1
         return calls
@@ -186,7 +193,16 @@ class ModelCache:
 
 
 _caches = cast(MutableMapping[Tensor, ModelCache], WeakIdKeyDictionary())
-"""By parameter."""
+"""By parameter, see `_standing_for`."""
+
+
+def _standing_for(parameter: Tensor) -> Tensor:
+    """The parameter; of a quantised one a tensor that it is made of, as torch moves none that is referred to weakly."""
+    found: Any = parameter
+    while is_traceable_wrapper_subclass(found):
+        names, _ = found.__tensor_flatten__()
+        found = getattr(found, names[0])
+    return cast(Tensor, found)
 
 
 def caches_of(parameters: Iterable[Tensor], *, make: bool = True) -> list[ModelCache]:
@@ -194,7 +210,7 @@ def caches_of(parameters: Iterable[Tensor], *, make: bool = True) -> list[ModelC
 
     A model whose graph breaks has one for each piece that was called before the first question.
     """
-    parameters = list(parameters)
+    parameters = [_standing_for(parameter) for parameter in parameters]
     found = {id(known): known for parameter in parameters if (known := _caches.get(parameter)) is not None}
     if not make:
         return list(found.values())
@@ -303,18 +319,17 @@ class CachedCall:
         return tuple(outputs)
 
     def _model(self, args: Sequence[Any]) -> ModelCache:
-        parameter = next((args[place] for place in self.static if isinstance(args[place], nn.Parameter)), None)
-        if parameter is None:
+        parameters = (args[place] for place in self.static if isinstance(args[place], nn.Parameter))
+        first = next(parameters, None)
+        if first is None:
             return self._own
-        known = _caches.get(parameter)
-        if known is None:
-            known = _caches[parameter] = ModelCache()
-        return known
+        return _caches.get(_standing_for(first)) or caches_of([first, *parameters])[0]
 
     def _slot(self, slots: SlotsOfGraph, generation: Generation, name: str | None, args: Sequence[Any]) -> Slot:
         """The slot of this call among those of its generation, and made there if it is new."""
+        place = slots.place(name, generation.steps)
         if generation.is_loop and generation.steps > 0:
-            return self._by_place(slots, name, slots.place(name, generation.steps))
+            return self._by_place(slots, name, place)
         if name is not None:
             return self._by_place(slots, name, 0)
         return self._by_signs(slots, generation, args)

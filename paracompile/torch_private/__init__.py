@@ -122,6 +122,13 @@ def memory_of(tensor: Tensor) -> int:
     return number
 
 
+def forget_originals(fake_mode: FakeTensorMode) -> None:
+    """Lets go of what fake tensors were made of: torch moves no quantised weight that anything refers to weakly."""
+    describer = fake_mode.fake_tensor_converter.meta_converter.describer
+    describer.lookup_tensor.clear()
+    describer.lookup_storage.clear()
+
+
 def version_of(tensor: Tensor) -> int | None:
     """How often the tensor was written to; of one that was made in inference mode torch does not count."""
     return None if tensor.is_inference() else tensor._version
