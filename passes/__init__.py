@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from paracompile.cache_options import CacheOptions
-from paracompile.errors import ParacompileError
+from paracompile.errors import GraphError, ParacompileError
 from paracompile.mesh import Ranks
 from paracompile.passes.attention_on_shards import Lengths, attention_on_shards, local_lengths
 from paracompile.passes.choose_kernels import choose_kernels
@@ -165,10 +166,21 @@ def run_passes(
     *,
     after: Callable[[str, fx.GraphModule], object] = lambda name, gm: None,
 ) -> fx.GraphModule:
-    """Runs the passes in order; `after` is told the name of each and the graph that it made."""
+    """Runs the passes in order; `after` is told the name of each and the graph that it made.
+
+    raises:
+        GraphError: of a pass, or where one must know a size that only the data tells.
+    """
     check_contracts(passes)
     for step in passes:
-        gm = step.run(gm, example_inputs)
+        try:
+            gm = step.run(gm, example_inputs)
+        except GuardOnDataDependentSymNode as error:
+            raise GraphError(
+                None,
+                f"the pass {step.name} must know {error.cond}, which only the data tells",
+                "leave out fullgraph=True, so that Dynamo breaks the graph where it is read",
+            ) from error
         gm.graph.lint()
         after(step.name, gm)
     return gm

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 import paracompile.runtime.visible  # noqa: F401  (registers the operators)
 from paracompile.layout.graph import is_tensor, named_arguments
@@ -85,6 +86,7 @@ def hides_keys_only(node: fx.Node) -> bool:
     query, key, value = (sizes_of(arguments[name].meta["val"]) for name in ("query", "key", "value"))
     return bool(
         values.dtype is torch.bool
+        and not free_unbacked_symbols(values)
         and len(query) == values.dim() == 4
         and values.shape[0] in (1, query[0])
         and tuple(values.shape[1:]) == (1, 1, key[2])  # not one column for all keys

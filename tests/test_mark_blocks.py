@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from by_hand import ByHand
 from cached import ALWAYS, NEVER, CachedGraphs, cached
 from capture import Captured, assert_equal, capture, captured
@@ -435,6 +436,29 @@ def test_blocks_of_as_many_tokens_as_only_the_data_tells_are_refused() -> None:
     assert "only the data tells its size" in message
     assert "leave out fullgraph=True" in message
     assert "blocks.0" in message
+
+
+class Refilled(Denoiser):
+    """Of all tokens: zeros take the place of those that a mask hides."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, mask: Tensor) -> tuple[Tensor]:
+        length = mask.sum().item()
+        torch._check(length > 1)
+        torch._check(length <= IMAGE)
+        x = F.pad(self.proj_in(hidden_states)[:, :length], (0, 0, 0, IMAGE - length))
+        for block in self.blocks:
+            x = block(x)
+        return (self.proj_out(x) * timestep.reshape(-1, 1, 1),)
+
+
+def test_what_a_pass_must_know_of_the_data_is_told() -> None:
+    options = {"rdt": 0.1, "compiler": "eager"}
+    model = torch.compile(randomise(Refilled()), backend="paracompile", fullgraph=True, options=options)
+    with pytest.raises(BackendCompilerFailed) as error, torch.no_grad():
+        model(**inputs_of(0, mask=torch.arange(IMAGE) < 20))
+    assert isinstance(error.value.inner_exception, GraphError)
+    assert "which only the data tells" in str(error.value)
+    assert "leave out fullgraph=True" in str(error.value)
 
 
 @pytest.mark.slow
