@@ -84,6 +84,7 @@ class Slot:
         state: the stored values.
         call: the signs of its first call, where nobody names them.
         step: the step of its last call, as its generation counts them.
+        shared: whether several calls of one step took it for theirs: what it holds is nobody's, and places are shifted.
     """
 
     title: str
@@ -93,6 +94,7 @@ class Slot:
     state: list[Tensor]
     call: Call | None = None
     step: int | None = None
+    shared: bool = False
 
 
 @dataclass(eq=False)
@@ -110,14 +112,8 @@ class SlotsOfGraph:
     calls: dict[str | None, tuple[int, int]] = field(default_factory=dict)
 
     def place(self, name: str | None, step: int) -> int:
-        """Which call of this step and this name the present one is, from 0.
-
-        From the second step on nothing else tells calls of one name apart. If the first step had more of them than
-        slots, several calls wrote to one: what it holds is nobody's.
-        """
+        """Which call of this step and this name the present one is, from 0."""
         last, calls = self.calls.get(name, (step, 0))
-        if last == 0 < step and calls != sum(slot.name == name for slot in self.all):
-            self.keep([slot for slot in self.all if slot.name != name])
         calls = calls if last == step else 0
         self.calls[name] = step, calls + 1
         return calls
@@ -305,6 +301,7 @@ class CachedCall:
         generation, name = current_generation(), current_name()
         slot = self._slot(slots, generation, name, args)
         known = generation.is_loop and slot.step is not None and slot.step < generation.steps
+        slot.shared = slot.shared or slot.step == generation.steps  # in the first step, where no place tells them apart
         slot.step = generation.steps
         threshold = self.threshold if model.threshold is None else model.threshold
         control = _control(threshold, name is None, known, self.plan, slot.record.device)
@@ -327,9 +324,10 @@ class CachedCall:
 
     def _slot(self, slots: SlotsOfGraph, generation: Generation, name: str | None, args: Sequence[Any]) -> Slot:
         """The slot of this call among those of its generation, and made there if it is new."""
-        place = slots.place(name, generation.steps)
         if generation.is_loop and generation.steps > 0:
-            return self._by_place(slots, name, place)
+            if any(slot.shared for slot in slots.all if slot.name == name):
+                slots.keep([slot for slot in slots.all if slot.name != name])
+            return self._by_place(slots, name, slots.place(name, generation.steps))
         if name is not None:
             return self._by_place(slots, name, 0)
         return self._by_signs(slots, generation, args)
