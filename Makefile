@@ -1,8 +1,10 @@
 # make run | test | test-all | gpu | wheels | gpu-offline | lint | format | clean. Each makes .venv with what it needs first.
 PYTHON ?= python3
 PINNED := $(shell sed -n 's/^torch==//p' constraints.txt)
-# Another version of torch gets an environment of its own, with all else as in constraints.txt.
+# Another version of torch gets an environment of its own, with all else as in constraints.txt but for setuptools: torch
+# 2.11 takes no newer one than 81.
 TORCH ?= $(PINNED)
+OTHER := $(filter-out $(PINNED),$(TORCH))
 RANKS ?= 2
 RUN_ARGS ?=
 GPU_ARGS ?=
@@ -19,7 +21,7 @@ PYTEST_ARGS ?=
 # Without bytecode every worker, rank and program of the tests compiles the same sources again: a worker for nine seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-VENV := .venv$(if $(filter-out $(PINNED),$(TORCH)),-torch-$(TORCH))
+VENV := .venv$(if $(OTHER),-torch-$(OTHER))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
@@ -47,8 +49,8 @@ venv: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "paracompile needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(VENV)/constraints.txt
-	$(PIP) install --quiet --constraint $(VENV)/constraints.txt torch
+	sed '$(if $(OTHER),s/^torch==.*/torch==$(OTHER)/; /^setuptools==/d)' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) install --quiet --constraint $(VENV)/constraints.txt torch 'setuptools>=77.0.3'
 	$(PIP) install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation --editable '.[test,dev]'
 	@touch $@
 
