@@ -29,8 +29,8 @@ __all__ = ["write_numbers"]
 def write_numbers(gm: fx.GraphModule, numbers: Numbers) -> fx.GraphModule:
     """A copy of Dynamo's graph with tensors in the place of the numbers that are kept.
 
-    It refers to no real tensor, as Dynamo's own does: until Python collects the copy, torch could not move a quantised
-    weight.
+    Unlike Dynamo's own it refers to no real tensor: torch could not move a quantised weight until Python collects the
+    copy.
     """
     values = (node.meta.get("example_value") for node in gm.graph.nodes)
     modes = (value.fake_mode for value in values if isinstance(value, FakeTensor))  # the inputs have another
