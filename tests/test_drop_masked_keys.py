@@ -387,6 +387,24 @@ def test_masks_that_only_happened_to_be_of_one_length_are_two() -> None:
 # What is left alone
 
 
+class Cut(Attend):
+    """Of as many tokens as a number in a tensor says."""
+
+    def forward(self, x: Tensor, mask: Tensor, count: Tensor) -> Tensor:  # type: ignore[override]
+        length = count.item()
+        torch._check(length > 1)
+        torch._check(length <= x.shape[1])
+        return self.attend(x[:, :length], mask[:, None, None, :length])
+
+
+def test_a_mask_whose_length_only_the_data_tells_is_left_alone() -> None:
+    model = randomise(Cut())
+    given = tokens(), torch.rand(BATCH, ALL) < 0.9, torch.tensor(20)
+    run = compiled_on_one_rank(model, rdt=0.1)  # so that what a pass cannot do is an error
+    with torch.no_grad(), pytest.warns(UserWarning, match="rdt was given"):
+        close(run(*given), model(*given))
+
+
 def attended(change: Callable[[Tensor], Tensor], **how: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """A model whose mask `change` makes of the mask of each row's keys, (batch, 1, 1, keys)."""
     model = randomise(Attend(**how))
