@@ -10,10 +10,11 @@ it. Weights and inputs are random. The parts, in this order:
 
     kernels     `attention_with_lse` against its definition in float64: error, kernel, bytes
     families    small models with the first block cache through Inductor: computed and skipped steps
-    graphs      the same in CUDA graphs (`mode="reduce-overhead"`), for two prompts
+    graphs      the same in CUDA graphs (`mode="reduce-overhead"`, once "max-autotune"), for two prompts
     ranks       the graphs of 2, 4 and 8 ranks side by side on this device, against the plain model
     waits       how often a step makes the host wait for the device
-    flux        FLUX.1-dev's size, 1024 x 1024, bfloat16: a step, a skipped one, a rank of 2, 4 and 8, CUDA graphs, fp8
+    flux        FLUX.1-dev's size, 1024 x 1024, bfloat16: a step, a skipped one and its lower bound (one block), a rank
+                of 2, 4 and 8, CUDA graphs, fp8; first calls, of a second process, too
     video       HunyuanVideo's size, 720p, 129 frames: what one of eight ranks computes in a step
 
 Seconds are medians. Several variants compile at the same time, and are measured one after the other.
@@ -26,8 +27,10 @@ import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +42,7 @@ from pathlib import Path
 
 import torch
 from checks import CHECKS, Figures, jobs_of
-from sizes import VARIANTS, measure
+from sizes import AGAIN, VARIANTS, measure
 
 LIMIT_OF_CHECKS = 150.0
 """Seconds for the checks of one process: what hangs must not cost the figures."""
@@ -59,6 +62,7 @@ class Run:
         self.device, self.out, self.deadline = device, out, time.monotonic() + limit
         self.limit_of_checks = LIMIT_OF_CHECKS if device == "cuda" else float("inf")
         self.bad, self.late = 0, 0
+        self._caches = tempfile.TemporaryDirectory()
         self._writing, self._measuring = threading.Lock(), threading.Lock()
         self._figures: Figures = {
             "date": str(date.today()),
@@ -76,7 +80,9 @@ class Run:
 
     def measure(self, part: str, name: str, all_compiled: threading.Barrier) -> None:
         """Compiles a variant, waits for the others to have done so, and measures it while no other is."""
-        with self._process("--measure", part, name, limit=float("inf")) as lines:
+        # A cache of its own for each variant, or the first to compile a block would do so for all.
+        cache = Path(self._caches.name, part, re.sub(r"\W+", "-", name.removesuffix(AGAIN)))
+        with self._process("--measure", part, name, limit=float("inf"), cache=cache) as lines:
             ready = any(line.startswith("READY") for line in iter(lines.readline, ""))
             alone = True
             try:
@@ -100,7 +106,7 @@ class Run:
             self.out.write_text(json.dumps(self._figures, indent=1) + "\n")
 
     @contextlib.contextmanager
-    def _process(self, what: str, part: str, *rest: str, limit: float) -> Iterator[_Lines]:
+    def _process(self, what: str, part: str, *rest: str, limit: float, cache: Path | None = None) -> Iterator[_Lines]:
         """A process of this program, and a verdict if it does not end well."""
         process = subprocess.Popen(
             [sys.executable, str(Path(__file__).parent), "--device", self.device, what, part, *rest],
@@ -108,6 +114,7 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=os.environ if cache is None else {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
         )
         lines = _Lines(process)
         out_of_time = threading.Event()
@@ -165,6 +172,12 @@ def together(jobs: list[Callable[[], None]], at_a_time: int) -> None:
             done.result()
 
 
+def batched(sizes: list[tuple[str, str]], at_a_time: int) -> Iterator[list[tuple[str, str]]]:
+    """All of them, so many at a time."""
+    for start in range(0, len(sizes), at_a_time):
+        yield sizes[start : start + at_a_time]
+
+
 def main() -> None:
     every = [*CHECKS, *VARIANTS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -182,8 +195,11 @@ def main() -> None:
     if unknown := set(arguments.parts) - set(every):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
     known = {name for variants in VARIANTS.values() for name in variants}
-    if unknown := set(arguments.variants or ()) - known:
+    variants = known if arguments.variants is None else set(arguments.variants)
+    if unknown := variants - known:
         parser.error(f"no such variant: {', '.join(sorted(unknown))}; there are: {', '.join(sorted(known))}")
+    if missing := {name.removesuffix(AGAIN) for name in variants} - variants:
+        parser.error(f"a second start needs the first one: {', '.join(sorted(missing))}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("this machine has no CUDA device; --device cpu runs everything but the figures")
     if arguments.device == "cpu":
@@ -202,17 +218,12 @@ def main() -> None:
     parts = arguments.parts or every
     checks = [partial(run.check, job) for part in CHECKS if part in parts for job in jobs_of(part)]
     together(checks, os.cpu_count() or 1)
-    sizes = [
-        (part, name)
-        for part, variants in VARIANTS.items()
-        for name in variants
-        if part in parts and (arguments.variants is None or name in arguments.variants)
-    ]
+    sizes = [(part, name) for part in VARIANTS if part in parts for name in VARIANTS[part] if name in variants]
     at_a_time = arguments.at_a_time or _fitting(arguments.device)
-    for start in range(0, len(sizes), at_a_time):
-        some = sizes[start : start + at_a_time]
-        all_compiled = threading.Barrier(len(some))
-        together([partial(run.measure, *size, all_compiled) for size in some], len(some))
+    for again in (False, True):
+        for some in batched([size for size in sizes if size[1].endswith(AGAIN) is again], at_a_time):
+            all_compiled = threading.Barrier(len(some))
+            together([partial(run.measure, *size, all_compiled) for size in some], len(some))
     print(f"{run.bad} bad, {run.late} out of time; all figures are in {arguments.out}")
     sys.exit(1 if run.bad else 2 if run.late else 0)
 

@@ -110,7 +110,7 @@ def families(device: str, family: str) -> Iterator[Check]:
             yield f"{family}, batch {batch}, {str(dtype)[6:]}", *_or_error(look)
 
 
-def graphs(device: str, family: str) -> Iterator[Check]:
+def graphs(device: str, family: str, mode: str = "reduce-overhead") -> Iterator[Check]:
     """The same with CUDA graphs: of computed and skipped steps, and of other inputs of the same shapes."""
     model, inputs = ALL_FAMILIES[family].build(batch=1)
     inputs = moved(inputs, device, torch.bfloat16)
@@ -118,12 +118,12 @@ def graphs(device: str, family: str) -> Iterator[Check]:
     model.requires_grad_(False).to(device=device, dtype=torch.bfloat16)
 
     def look() -> tuple[bool, Figures]:
-        found = as_used.steps((model, inputs), {"mode": "reduce-overhead"}, others)
+        found = as_used.steps((model, inputs), {"mode": mode}, others)
         expected = as_used.steps((model, inputs), {}, others, compiler="eager")
         difference = as_used.largest_difference(found[0], expected[0])
         return found[1] == expected[1] and difference < 0.05, {"hits": found[1], "difference": difference}
 
-    yield family, *_or_error(look)
+    yield f"{family}, {mode}", *_or_error(look)
 
 
 def _fewer_visible(mask: Tensor) -> Tensor:
@@ -214,7 +214,10 @@ CHECKS: dict[str, Callable[..., Iterator[Check]]] = {
 
 def jobs_of(part: str) -> list[list[str]]:
     """The arguments of each process that a part's checks take."""
-    return [[part]] if part == "kernels" else [[part, family] for family in FAMILIES]
+    if part == "kernels":
+        return [[part]]
+    jobs = [[part, family] for family in FAMILIES]
+    return [*jobs, [part, FAMILIES[0], "max-autotune"]] if part == "graphs" else jobs
 
 
 def moved(inputs: Figures, device: str, dtype: torch.dtype | None = None) -> Figures:

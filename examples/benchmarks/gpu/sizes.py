@@ -28,6 +28,7 @@ class Variant:
         ranks: rank 0 of so many is measured, without the time that exchanges take.
         rdt: whether the first block cache is on; it skips whenever it may.
         fp8: whether linear layers of blocks are quantised, each row with a scale.
+        blocks: how many blocks are left, from the first; None leaves all.
         options: more options for the backend.
     """
 
@@ -35,6 +36,7 @@ class Variant:
     ranks: int = 1
     rdt: bool = False
     fp8: bool = False
+    blocks: int | None = None
     options: Figures = field(default_factory=dict)
 
 
@@ -42,21 +44,35 @@ def ours(**how: Any) -> Variant:
     return Variant("paracompile", **how)
 
 
+AGAIN = ", second start"
+"""Ends the name of a variant that finds in Inductor's cache on disk what another process has compiled for it."""
+
+CUDA_GRAPHS: Figures = {"mode": "reduce-overhead"}
+FEWER_GUARDS: Figures = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
+
 VARIANTS: dict[str, dict[str, Variant]] = {
     "flux": {
-        "eager": Variant(),
         "torch.compile": Variant("inductor"),
         "paracompile": ours(),
         "paracompile, rdt": ours(rdt=True),
+        "in one piece": ours(options={"regions": False}),
+        "one block": Variant("inductor", blocks=1),
+        "eager": Variant(),
         "rank of 2": ours(ranks=2),
         "rank of 4": ours(ranks=4),
         "rank of 8": ours(ranks=8),
         "rank of 2, rdt": ours(ranks=2, rdt=True),
-        "rank of 8, CUDA graphs": ours(ranks=8, options={"mode": "reduce-overhead"}),
+        "CUDA graphs": ours(options=CUDA_GRAPHS),
+        "CUDA graphs, rdt": ours(rdt=True, options=CUDA_GRAPHS),
+        "rank of 8, CUDA graphs": ours(ranks=8, options=CUDA_GRAPHS),
+        "fewer guards, rdt": ours(rdt=True, options=FEWER_GUARDS),
         "fp8, paracompile": ours(fp8=True),
         "fp8, paracompile, rdt": ours(rdt=True, fp8=True),
         "fp8, torch.compile": Variant("inductor", fp8=True),
         "max-autotune": ours(options={"mode": "max-autotune-no-cudagraphs"}),
+        "torch.compile" + AGAIN: Variant("inductor"),
+        "paracompile" + AGAIN: ours(),
+        "paracompile, rdt" + AGAIN: ours(rdt=True),
     },
     "video": {"rank of 8": ours(ranks=8), "rank of 8, rdt": ours(ranks=8, rdt=True)},
 }
@@ -117,6 +133,13 @@ def _build(device: str, part: str) -> tuple[nn.Module, Figures]:
         torch.set_default_dtype(torch.float32)
 
 
+def _keep_blocks(model: nn.Module, count: int) -> None:
+    for blocks in model.children():
+        if isinstance(blocks, nn.ModuleList):
+            del blocks[count:]
+            count -= len(blocks)
+
+
 def _quantise(model: nn.Module) -> None:
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
@@ -132,6 +155,8 @@ def measure(device: str, part: str, name: str) -> None:
     variant = VARIANTS[part][name]
     model, inputs = _build(device, part)
     model.eval().requires_grad_(False)
+    if variant.blocks is not None:
+        _keep_blocks(model, variant.blocks)
     if variant.fp8 and device == "cuda":
         _quantise(model)
     if variant.ranks > 1:
