@@ -27,6 +27,10 @@ _HALF = 24  # bits: exact in float32
 _SAME, _OTHER = 1, -1
 """The two habits; 0 where there was no second call yet."""
 
+_WIDE, _ODD = 0x145F4914D, 0x1E3779B1
+"""What places are mixed with: a number of more than 32 bits, and an odd one; what comes of it stays below 2^63, because
+a C++ compiler may take for granted that it does."""
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -75,7 +79,9 @@ def fingerprint(write: GraphWriter, value: fx.Node) -> fx.Node:
         value = write(aten.view.dtype, value, _INTEGERS[made.element_size()])
     bits = write(aten.reshape.default, write(aten._to_copy.default, value, dtype=torch.int64), [-1])
     place = write(aten.arange.start, 1, made.numel() + 1, dtype=torch.int64, device=made.device, pin_memory=False)
-    mixed = write(aten.mul.Scalar, place, 0x9E3779B1)
+    # Inductor computes with places as with indices, in 32 bits where they fit, until a number of 64 bits meets them
+    # in an operation that it does not do for indices.
+    mixed = write(aten.mul.Scalar, write(aten.bitwise_xor.Scalar, place, _WIDE), _ODD)
     # Weights that grow evenly would not see values change about their middle.
     weight = write(aten.bitwise_xor.Tensor, mixed, write(aten.__rshift__.Scalar, mixed, 15))
     total = write(aten.sum.default, write(aten.mul.Tensor, bits, weight))

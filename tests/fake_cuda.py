@@ -4,6 +4,7 @@
     python tests/fake_cuda.py LIBRARY kernels         # which kernels attention takes, and what it allocates
     python tests/fake_cuda.py LIBRARY code flux       # what Inductor's code does, and in which order
     python tests/fake_cuda.py LIBRARY recorded flux   # what of it CUDA graphs record
+    python tests/fake_cuda.py LIBRARY compiled flux   # what Triton makes of it
 
 A program of its own that prints JSON, since LIBRARY (`build`) tells a whole process that there is a CUDA device.
 """
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.cpp_extension import include_paths, library_paths
+
+if TYPE_CHECKING:
+    from fake_h200 import Written
 
 Inputs = dict[str, Any]
 HALF, DEVICE = torch.bfloat16, torch.device("cuda:0")
@@ -377,13 +381,8 @@ def code(name: str) -> dict[str, list[dict[str, Any]]]:
     return result
 
 
-def recorded(name: str) -> list[dict[str, Any]]:
-    """Of each different region of a graph with a first block cache, what CUDA graphs record.
-
-    excluded, changed: see `Written`.
-    parts: how many CUDA graphs there are.
-    recorded, left: the operators of our own in them, and between them.
-    """
+def written_with_a_cache(name: str, settings: Mapping[str, Any]) -> Iterator[Written]:
+    """What Inductor writes for each different region of a graph with a first block cache."""
     from fake_h200 import written_by_inductor
 
     from paracompile.cache_options import CacheOptions
@@ -393,9 +392,30 @@ def recorded(name: str) -> list[dict[str, Any]]:
 
     gm, example_inputs = captured(name)
     passes = pipeline(Ranks.simulated(ulysses=1, rank=0), cache=CacheOptions(rdt=1.0), together=True, regions=True)
-    result = []
     for region in regions_of(run_passes(gm, example_inputs, passes)):
-        written = written_by_inductor(region, examples_of(region), {"triton.cudagraphs": True})
+        yield written_by_inductor(region, examples_of(region), settings)
+
+
+def compiled(name: str) -> dict[str, int]:
+    """Of each kernel that Triton makes, the shared memory that it takes, in bytes."""
+    from fake_h200 import compiled_by_triton
+
+    return {
+        kernel: size
+        for written in written_with_a_cache(name, {})
+        for kernel, size in compiled_by_triton(written.code).items()
+    }
+
+
+def recorded(name: str) -> list[dict[str, Any]]:
+    """Of each different region of a graph with a first block cache, what CUDA graphs record.
+
+    excluded, changed: see `Written`.
+    parts: how many CUDA graphs there are.
+    recorded, left: the operators of our own in them, and between them.
+    """
+    result = []
+    for written in written_with_a_cache(name, {"triton.cudagraphs": True}):
         functions = re.split(r"^ *def (\w+)\(", written.code, flags=re.MULTILINE)
         own: dict[bool, list[str]] = {True: [], False: []}
         for function, body in zip(functions[1::2], functions[2::2], strict=True):
@@ -479,5 +499,7 @@ if __name__ == "__main__":
     library, what, *rest = sys.argv[1:]
     ctypes.CDLL(library)
     json.dump(
-        {"graphs": graphs, "kernels": kernels, "code": code, "recorded": recorded}[what](*rest), sys.stdout, indent=1
+        {"graphs": graphs, "kernels": kernels, "code": code, "recorded": recorded, "compiled": compiled}[what](*rest),
+        sys.stdout,
+        indent=1,
     )

@@ -1,4 +1,4 @@
-"""Inductor's code for one H200, written without a GPU: what Triton would compile is never compiled.
+"""Inductor's code for one H200, written without a GPU, and compiled where Triton is installed.
 
 What Inductor asks the device, its driver and Triton is answered here. The names are torch 2.13's; one that another
 version lacks is left out, and shows as an error of Inductor's.
@@ -7,8 +7,12 @@ version lacks is left out, and shows as an error of Inductor's.
 from __future__ import annotations
 
 import contextlib
+import re
+import runpy
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -19,6 +23,7 @@ import torch._inductor.codecache as codecache
 import torch._inductor.codegen.triton as triton_code
 import torch._inductor.compile_fx as compile_fx
 import torch._inductor.fx_passes.joint_graph as joint_graph
+import torch._inductor.runtime.triton_helpers as triton_helpers
 import torch._inductor.scheduler as scheduler
 import torch._inductor.utils as inductor_utils
 import torch._subclasses.fake_tensor as fake_tensor
@@ -202,3 +207,31 @@ def written_by_inductor(gm: fx.GraphModule, inputs: Sequence[Any], settings: Map
         compile_fx.compile_fx(gm, list(inputs), config_patches=dict(settings))
     (written,) = found
     return written
+
+
+_KERNEL = re.compile(r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str='cuda'\)", re.M | re.S)
+
+
+def compiled_by_triton(code: str) -> dict[str, int]:
+    """Compiles each kernel that this code of Inductor's has Triton make, for every way in which it may be launched.
+
+    Returns the most shared memory that one takes, in bytes, by kernel. Triton needs no GPU for this.
+    """
+    import triton as triton_itself
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    found: dict[str, int] = {}
+    for name, source in _KERNEL.findall(code):
+        no_driver = mock.patch.object(triton_helpers, "set_driver_to_gpu")
+        with tempfile.TemporaryDirectory() as folder, h200(), no_driver:
+            file = Path(folder, f"{name}.py")  # Triton reads the source again
+            file.write_text(source)
+            (autotuner,) = (made for made in runpy.run_path(str(file)).values() if hasattr(made, "configs"))
+            for config_of in autotuner.configs:
+                meta = autotuner._create_compile_meta(config_of)
+                asked = ASTSource(autotuner.fn, meta["signature"], meta["constants"], meta["configs"][0])
+                options = autotuner._create_compile_options(config_of, meta)
+                binary = triton_itself.compile(asked, target=GPUTarget("cuda", 90, 32), options=options)
+                found[name] = max(found.get(name, 0), binary.metadata.shared)
+    return found

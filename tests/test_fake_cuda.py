@@ -109,3 +109,15 @@ def test_every_region_may_be_a_cuda_graph_without_what_the_host_looks_at(model: 
 def products_before(calls: list[str], kind: str) -> list[int]:
     """How many products there are before each call of this kind."""
     return [calls[:place].count("product") for place, found in enumerate(calls) if found == kind]
+
+
+SHARED_MEMORY = 232_448
+"""Bytes that a block of threads may have on an H200."""
+
+
+@pytest.mark.parametrize("model", quick(list(ATTENTIONS), "flux"))
+def test_triton_compiles_what_inductor_writes(model: str, library: Path) -> None:
+    pytest.importorskip("triton", reason="PyTorch for CPUs comes without; make test TORCH=2.15.0, say, has it")
+    kernels = run(library, "compiled", model)
+    assert any("bitwise_xor" in kernel for kernel in kernels), "whether inputs changed, at least"
+    assert max(kernels.values()) <= SHARED_MEMORY
