@@ -5,6 +5,7 @@
     python tests/fake_cuda.py LIBRARY code flux       # what Inductor's code does, and in which order
     python tests/fake_cuda.py LIBRARY recorded flux   # what of it CUDA graphs record
     python tests/fake_cuda.py LIBRARY compiled flux   # what Triton makes of it
+    python tests/fake_cuda.py LIBRARY flex            # the same of flex attention with a mask
 
 A program of its own that prints JSON, since LIBRARY (`build`) tells a whole process that there is a CUDA device.
 """
@@ -25,6 +26,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -407,6 +409,42 @@ def compiled(name: str) -> dict[str, int]:
     }
 
 
+def flex() -> dict[str, int]:
+    """For each type and head size, the shared memory that flex attention takes where a mask hides keys from queries."""
+    from fake_h200 import compiled_by_triton, written_by_inductor
+
+    from paracompile.runtime import kernels
+
+    graphs: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append((gm, example_inputs))
+        return gm.forward
+
+    compiled = torch.compile(kernels.flex_attention, backend=backend, fullgraph=True)
+    sizes = {}
+    as_number = torch._dynamo.config.patch(
+        specialize_float=True
+    )  # in place of a tensor of one value, which is fake here
+    with as_number, mock.patch.object(kernels, "_compiled_flex", return_value=compiled):
+        for dtype in (HALF, torch.float32):
+            for size in (64, 128, 256):
+                mode = FakeTensorMode()
+                query, key, value = (
+                    FakeTensor(mode, torch.empty(2, length, 3, size, dtype=dtype, device="meta"), DEVICE).transpose(
+                        1, 2
+                    )
+                    for length in (577, 300, 300)
+                )
+                mask = FakeTensor(mode, torch.empty(1, 1, 577, 300, dtype=torch.bool, device="meta"), DEVICE)
+                with mode, torch.no_grad():
+                    kernels._one_block.cache_clear()
+                    kernels._flex(query, key, value, mask, None, size**-0.5)
+                found = compiled_by_triton(written_by_inductor(*graphs.pop(), {}).code)
+                sizes[f"{dtype}, {size}"] = max(found.values())
+    return sizes
+
+
 def recorded(name: str) -> list[dict[str, Any]]:
     """Of each different region of a graph with a first block cache, what CUDA graphs record.
 
@@ -499,7 +537,14 @@ if __name__ == "__main__":
     library, what, *rest = sys.argv[1:]
     ctypes.CDLL(library)
     json.dump(
-        {"graphs": graphs, "kernels": kernels, "code": code, "recorded": recorded, "compiled": compiled}[what](*rest),
+        {
+            "graphs": graphs,
+            "kernels": kernels,
+            "code": code,
+            "recorded": recorded,
+            "compiled": compiled,
+            "flex": flex,
+        }[what](*rest),
         sys.stdout,
         indent=1,
     )

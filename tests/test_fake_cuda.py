@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -115,9 +116,20 @@ SHARED_MEMORY = 232_448
 """Bytes that a block of threads may have on an H200."""
 
 
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="PyTorch for CPUs comes without Triton; make test TORCH=2.15.0, say, has it",
+)
+
+
+@needs_triton
 @pytest.mark.parametrize("model", quick(list(ATTENTIONS), "flux"))
 def test_triton_compiles_what_inductor_writes(model: str, library: Path) -> None:
-    pytest.importorskip("triton", reason="PyTorch for CPUs comes without; make test TORCH=2.15.0, say, has it")
     kernels = run(library, "compiled", model)
     assert any("bitwise_xor" in kernel for kernel in kernels), "whether inputs changed, at least"
     assert max(kernels.values()) <= SHARED_MEMORY
+
+
+@needs_triton
+def test_flex_attention_with_a_mask_has_room(library: Path) -> None:
+    assert max(run(library, "flex").values()) <= SHARED_MEMORY

@@ -208,8 +208,9 @@ def _flash(
 def _flex(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, offset: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    biased = None
+    biased, options = None, None
     if mask is not None:
+        options = {"num_stages": 2}  # of Inductor's three each would have a part of the bias in shared memory: too much
         bias = _bias(mask, offset, precise(query.dtype)).expand(*query.shape[:-1], key.shape[-2])
 
         def biased(score: Tensor, row: Tensor, head: Tensor, of: Tensor, to: Tensor) -> Tensor:
@@ -218,7 +219,9 @@ def _flex(
     tells = query.device.type != "cpu"  # Inductor's kernel for the CPU does not
     block = _one_block(query.shape[-2], key.shape[-2], query.device)
     aux = AuxRequest(lse=True) if tells else None
-    made = _compiled_flex()(query, key, value, score_mod=biased, block_mask=block, scale=scale, return_aux=aux)
+    made = _compiled_flex()(
+        query, key, value, score_mod=biased, block_mask=block, scale=scale, return_aux=aux, kernel_options=options
+    )
     result, lse = (made[0], made[1].lse) if tells else (made, query.new_full(query.shape[:-1], math.nan))
     return result, lse.to(precise(query.dtype))
 

@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,13 @@ def kernels(device: str) -> Iterator[Check]:
                 for length in (queries, keys, keys)
             ]
             for name, mask in _masks(rows, heads, queries, keys, device, dtype).items():
-                yield f"{str(dtype)[6:]}, {size}, {name}", *_against_float64(parts, mask, device)
-                for by in ("flash", "cudnn", "efficient", "flex") if dtype is torch.bfloat16 else ():
-                    if not why_not_by_name(by, device, dtype, (size, size), masked=mask is not None, in_ring=True):
-                        yield f"{str(dtype)[6:]}, {size}, {name}, by {by}", *_against_float64(parts, mask, device, by)
+                for by in ("auto", "flash", "cudnn", "efficient", "flex") if dtype is torch.bfloat16 else ("auto",):
+                    masked = mask is not None
+                    if by == "auto" or not why_not_by_name(
+                        by, device, dtype, (size, size), masked=masked, in_ring=True
+                    ):
+                        case = f"{str(dtype)[6:]}, {size}, {name}" + f", by {by}" * (by != "auto")
+                        yield case, *_or_error(partial(_against_float64, parts, mask, device, by))
 
 
 def _masks(rows: int, heads: int, queries: int, keys: int, device: str, dtype: torch.dtype) -> dict[str, Tensor | None]:
@@ -71,7 +75,7 @@ def _masks(rows: int, heads: int, queries: int, keys: int, device: str, dtype: t
     }
 
 
-def _against_float64(parts: list[Tensor], mask: Tensor | None, device: str, by: str = "auto") -> tuple[bool, Figures]:
+def _against_float64(parts: list[Tensor], mask: Tensor | None, device: str, by: str) -> tuple[bool, Figures]:
     dtype, scale = parts[0].dtype, parts[0].shape[-1] ** -0.5
     in_float64 = mask if mask is None or mask.dtype is torch.bool else mask.double()
     exact, exact_lse = reference(*(part.double() for part in parts), in_float64, None, scale)
