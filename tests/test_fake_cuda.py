@@ -118,7 +118,7 @@ SHARED_MEMORY = 232_448
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
-    reason="PyTorch for CPUs comes without Triton; make test TORCH=2.15.0, say, has it",
+    reason="PyTorch for CPUs comes without Triton; make test WITHOUT=full TORCH=2.15.0, say, has it",
 )
 
 
