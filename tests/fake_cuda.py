@@ -4,6 +4,7 @@
     python tests/fake_cuda.py LIBRARY kernels         # which kernels attention takes, and what it allocates
     python tests/fake_cuda.py LIBRARY code flux       # what Inductor's code does, and in which order
     python tests/fake_cuda.py LIBRARY recorded flux   # what of it CUDA graphs record
+    python tests/fake_cuda.py LIBRARY too_wide flux   # what of it Triton could not hold in an index
     python tests/fake_cuda.py LIBRARY compiled flux   # what Triton makes of it
     python tests/fake_cuda.py LIBRARY flex            # the same of flex attention with a mask
 
@@ -398,6 +399,14 @@ def written_with_a_cache(name: str, settings: Mapping[str, Any]) -> Iterator[Wri
         yield written_by_inductor(region, examples_of(region), settings)
 
 
+def too_wide(name: str) -> list[str]:
+    """Lines of Triton's kernels that compute with indices, of 32 bits, and with a number that has more."""
+    lines = [line.strip() for written in written_with_a_cache(name, {}) for line in written.code.splitlines()]
+    kernels = [line for line in lines if re.match(r"tmp\d+ = ", line) and "tl.full(" not in line]
+    assert kernels
+    return [line for line in kernels if any(int(number) >= 2**31 for number in re.findall(r"\b\d+\b", line))]
+
+
 def compiled(name: str) -> dict[str, int]:
     """Of each kernel that Triton makes, the shared memory that it takes, in bytes."""
     from fake_h200 import compiled_by_triton
@@ -423,22 +432,18 @@ def flex() -> dict[str, int]:
 
     compiled = torch.compile(kernels.flex_attention, backend=backend, fullgraph=True)
     sizes = {}
-    as_number = torch._dynamo.config.patch(
-        specialize_float=True
-    )  # in place of a tensor of one value, which is fake here
-    with as_number, mock.patch.object(kernels, "_compiled_flex", return_value=compiled):
+    # A scale would be a tensor of one value, which Dynamo reads, and which is fake here.
+    constant_scale = torch._dynamo.config.patch(specialize_float=True)
+    with constant_scale, mock.patch.object(kernels, "_compiled_flex", return_value=compiled):
         for dtype in (HALF, torch.float32):
             for size in (64, 128, 256):
-                mode = FakeTensorMode()
-                query, key, value = (
-                    FakeTensor(mode, torch.empty(2, length, 3, size, dtype=dtype, device="meta"), DEVICE).transpose(
-                        1, 2
+                with FakeTensorMode(), torch.no_grad():
+                    query, key, value = (
+                        torch.empty(2, length, 3, size, dtype=dtype, device=DEVICE).transpose(1, 2)
+                        for length in (577, 300, 300)
                     )
-                    for length in (577, 300, 300)
-                )
-                mask = FakeTensor(mode, torch.empty(1, 1, 577, 300, dtype=torch.bool, device="meta"), DEVICE)
-                with mode, torch.no_grad():
-                    kernels._one_block.cache_clear()
+                    mask = torch.empty(1, 1, 577, 300, dtype=torch.bool, device=DEVICE)
+                    kernels._one_block.cache_clear()  # of another mode
                     kernels._flex(query, key, value, mask, None, size**-0.5)
                 found = compiled_by_triton(written_by_inductor(*graphs.pop(), {}).code)
                 sizes[f"{dtype}, {size}"] = max(found.values())
@@ -542,6 +547,7 @@ if __name__ == "__main__":
             "kernels": kernels,
             "code": code,
             "recorded": recorded,
+            "too_wide": too_wide,
             "compiled": compiled,
             "flex": flex,
         }[what](*rest),

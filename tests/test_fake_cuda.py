@@ -112,6 +112,11 @@ def products_before(calls: list[str], kind: str) -> list[int]:
     return [calls[:place].count("product") for place, found in enumerate(calls) if found == kind]
 
 
+@pytest.mark.parametrize("model", quick(list(ATTENTIONS), "wan"))
+def test_no_index_meets_a_number_that_it_cannot_hold(model: str, library: Path) -> None:
+    assert run(library, "too_wide", model) == []
+
+
 SHARED_MEMORY = 232_448
 """Bytes that a block of threads may have on an H200."""
 
