@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,8 +110,12 @@ def module_path(node: Node) -> str | None:
 def module_paths(node: Node) -> list[str]:
     """The modules that a node was captured in, outermost first, each spelled as by `module_path`; "" is the root."""
     entries = node.meta.get("nn_module_stack", {}).values()
-    paths = (str(entry[0] if isinstance(entry, tuple) else entry) for entry in entries)
-    return [_KEYED.sub(r".\g<key>", _ROOT.sub("", path)).strip(".") for path in paths]
+    return [_spelled(str(entry[0] if isinstance(entry, tuple) else entry)) for entry in entries]
+
+
+@lru_cache(maxsize=1 << 14)  # each node of a block is asked, by several passes
+def _spelled(path: str) -> str:
+    return _KEYED.sub(r".\g<key>", _ROOT.sub("", path)).strip(".")
 
 
 def source_line(node: Node) -> str | None:
