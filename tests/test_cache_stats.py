@@ -92,6 +92,11 @@ def test_pieces_of_a_model_are_told_apart() -> None:
     assert names_of(["cond", "uncond", "cond", "cond"]) == ["cond", "uncond", "cond, graph 2", "cond, graph 3"]
 
 
+def test_a_slot_that_was_not_called_for_long_is_let_go() -> None:
+    made = history(*((graph, "cond", record(1)) for graph in (1, *[2] * 4096, 3)))
+    assert [(line.graph, len(line.records)) for line in made.lines.values()] == [(2, 4096), (3, 1)]
+
+
 def test_graphs_of_a_model_are_told_apart() -> None:
     """Two passes of one step through other layers, or another batch where guidance ends."""
     one, other = 1, 2

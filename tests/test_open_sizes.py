@@ -18,7 +18,7 @@ import sympy
 import torch
 from all_ranks import of_all_ranks
 from capture import assert_equal
-from denoising import ALWAYS
+from denoising import ALWAYS, slots_of
 from lockstep import run_lockstep
 from open_sizes import COUNT, FAMILIES, built
 from quick import quick
@@ -352,6 +352,19 @@ def test_batches_stay_open_with_the_cache() -> None:
         assert [[step.hit for step in steps] for steps in cache_stats(model).slots.values()] == [[False, True]]
     assert len(reports) == 2
     assert reports[1].open_sizes == ("hidden_states.shape[0]",)
+
+
+def test_a_loop_of_one_s_own_keeps_state_of_its_latest_sizes() -> None:
+    model = randomise(OfTwoStreams().requires_grad_(False))
+    compiled = torch.compile(model, backend="paracompile", options={"rdt": ALWAYS, "compiler": "eager"})
+    for rows in range(2, 42):
+        with cache_context("only"):
+            compiled(draw(rows, 12, 10), torch.full((rows,), 0.9))
+    assert len(slots_of(model)) == 1 + 16  # the first size has a graph of its own
+    for rows, kept in ((26, True), (25, False)):
+        with cache_context("only"):
+            compiled(draw(rows, 12, 10), torch.full((rows,), 0.8))
+        assert cache_stats(model).slots["only"][-1].hit == kept
 
 
 @torch.library.custom_op("paracompile_tests::turned", mutates_args=())

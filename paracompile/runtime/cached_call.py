@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import count
 from typing import Any, cast
 
 import sympy
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 _MOST_SLOTS = 8  # of calls of one name, or of none
+_MOST_SIZES = 16  # that one graph has state of
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,27 +51,37 @@ class StateLike:
         record, state: (shape, dtype, device) of each; sizes may be formulas.
         added: which of the state is what blocks added to a stream.
         symbols: by symbol of these formulas, the place of its value among the graph's arguments.
+        number: that no other one has, or had.
     """
 
     record: tuple[tuple[int, ...], torch.dtype, torch.device]
     state: tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
     added: tuple[int, ...] = ()
     symbols: Mapping[sympy.Symbol, int] = field(default_factory=dict)
+    number: int = field(default_factory=count().__next__)
     _found: dict[tuple[int, ...], StateLike] = field(default_factory=dict)
 
     def at(self, args: Sequence[Any]) -> StateLike:
-        """The same at the sizes of a call: one object for all calls of these sizes."""
+        """The same at the sizes of a call: one object for all calls of these sizes.
+
+        Of many sizes the latest are kept: what is stored for an object goes with it.
+        """
         if not self.symbols:
             return self
         values = tuple(args[place] for place in self.symbols.values())
-        if values not in self._found:
-            known = dict(zip(self.symbols, values, strict=True))
-            record, *state = (
-                (tuple(evaluate(size, known) for size in shape), dtype, device)
-                for shape, dtype, device in (self.record, *self.state)
-            )
-            self._found[values] = StateLike(record, tuple(state), self.added)
-        return self._found[values]
+        found = self._found.pop(values, None) or self._made(values)
+        while len(self._found) >= _MOST_SIZES:
+            self._found.pop(next(iter(self._found)), None)
+        self._found[values] = found
+        return found
+
+    def _made(self, values: tuple[int, ...]) -> StateLike:
+        known = dict(zip(self.symbols, values, strict=True))
+        record, *state = (
+            (tuple(evaluate(size, known) for size in shape), dtype, device)
+            for shape, dtype, device in (self.record, *self.state)
+        )
+        return StateLike(record, tuple(state), self.added)
 
 
 @dataclass(eq=False)
@@ -137,7 +149,7 @@ class Held:
     def remember(self, graph: CachedCall, like: StateLike, slot: Slot, record: Tensor) -> None:
         slot.record = record
         line = self.history.line(
-            id(like), slot.title, named=slot.name is not None, inputs=graph.inputs, free=graph.free
+            like.number, slot.title, named=slot.name is not None, inputs=graph.inputs, free=graph.free
         )
         self.history.add(line, record)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 __all__ = ["History", "Line"]
 
-_MOST_RECORDS = 4096  # of one slot
+_MOST_RECORDS = 4096  # of one slot; one that was not called in as many calls is let go
 
 
 @dataclass
@@ -16,7 +16,7 @@ class Line:
     """The calls of one slot of one graph.
 
     attributes:
-        graph: which graph it is.
+        graph: which graph it is, and at which sizes.
         title: of the slot.
         named: whether that is a name which its calls were given.
         inputs: what a call brings, as the records remember it.
@@ -50,7 +50,11 @@ class History:
 
     def line(self, graph: int, title: str, *, named: bool, inputs: tuple[str, ...], free: int) -> Line:
         """That of a slot; made if it is new."""
-        return self.lines.setdefault((graph, title), Line(graph, title, named, inputs, free))
+        if (graph, title) not in self.lines:
+            recent = self.calls - _MOST_RECORDS
+            self.lines = {key: line for key, line in self.lines.items() if line.calls[-1] > recent}
+            self.lines[graph, title] = Line(graph, title, named, inputs, free)
+        return self.lines[graph, title]
 
     def add(self, line: Line, record: Tensor) -> None:
         """Notes a call."""
