@@ -116,9 +116,9 @@ class UnifiedAttention:
         value = node.meta["val"]
         if self.eight_bits is None or exchange.ranks == 1:
             return way(write, node, value.shape, exchange)
-        carried = packed(write, node, self.eight_bits)
+        carried = packed(write, node, self.eight_bits, value.device)
         arrived = way(write, carried, sizes_of(carried.meta["val"]), exchange)
-        back: fx.Node = unpacked(write, arrived, value.shape[-1], self.eight_bits, value.dtype)
+        back: fx.Node = unpacked(write, arrived, value.shape[-1], self.eight_bits, value.dtype, value.device)
         return back
 
     def _go_together(self, attention: AttentionOnTokens, parts: Received) -> bool:
@@ -207,6 +207,7 @@ class UnifiedAttention:
             key_shape=sizes_of(key.meta["val"]),
             value_shape=sizes_of(value.meta["val"]),
             dtype=query.meta["val"].dtype,
+            device=query.meta["val"].device,
             scale=attention.scale,
             ring=ring,
             eight_bits=self.eight_bits,

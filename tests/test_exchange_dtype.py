@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -34,6 +34,9 @@ def run(target: Any, *args: Any, **kwargs: Any) -> Any:
     return target(*args, **kwargs)
 
 
+CPU = torch.device("cpu")
+
+
 # The journey of numbers
 
 
@@ -42,9 +45,9 @@ def run(target: Any, *args: Any, **kwargs: Any) -> Any:
 @pytest.mark.parametrize("kind", [FP8, INT8], ids=str)
 def test_how_far_a_number_comes_back(dtype: torch.dtype, size: int, kind: torch.dtype) -> None:
     x = (draw(5, 3, size) * torch.tensor([1e-3, 1.0, 1e3])[:, None]).to(dtype)
-    carried = packed(run, x, kind)
+    carried = packed(run, x, kind, CPU)
     assert (carried.dtype, carried.shape) == (torch.uint8, (5, 3, size + SCALE))
-    back = unpacked(run, carried, size, kind, dtype)
+    back = unpacked(run, carried, size, kind, dtype, CPU)
     assert (back.dtype, back.shape) == (dtype, x.shape)
     largest = x.float().abs().amax(-1, keepdim=True)
     bound = (x.float().abs() / 16).maximum(largest / 2**18) if kind is FP8 else largest / 254
@@ -57,16 +60,38 @@ def test_zeros_stay_and_a_large_row_costs_others_nothing(kind: torch.dtype) -> N
     x = torch.zeros(3, 8)
     x[1] = 1e20
     x[2] = 1e-20
-    torch.testing.assert_close(unpacked(run, packed(run, x, kind), 8, kind, torch.float32), x, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(
+        unpacked(run, packed(run, x, kind, CPU), 8, kind, torch.float32, CPU), x, rtol=1e-6, atol=0.0
+    )
 
 
 @pytest.mark.parametrize("kind", [FP8, INT8], ids=str)
 def test_what_is_no_number_is_seen(kind: torch.dtype) -> None:
     x = torch.ones(2, 4)
     x[0, 1] = torch.nan
-    back = unpacked(run, packed(run, x, kind), 4, kind, torch.float32)
+    back = unpacked(run, packed(run, x, kind, CPU), 4, kind, torch.float32, CPU)
     assert back[0].isnan().all()
     torch.testing.assert_close(back[1], x[1])
+
+
+@pytest.mark.parametrize("kind", [FP8, INT8], ids=str)
+def test_inductor_packs_and_unpacks_the_same(kind: torch.dtype) -> None:
+    """Heads before tokens, as attention has them: Inductor lays out what it makes of them as it likes."""
+    x = (draw(1, 12, 3, 20) * torch.tensor([1e-3, 1.0, 1e30])[:, None]).transpose(1, 2)
+    x[0, 1, 1] = torch.nan
+
+    def there(x: Tensor) -> Tensor:
+        return cast(Tensor, packed(run, x, kind, CPU))
+
+    def back(x: Tensor) -> Tensor:
+        return cast(Tensor, unpacked(run, x, 20, kind, torch.float32, CPU))
+
+    carried = there(x)
+    torch.testing.assert_close(torch.compile(back)(carried), back(carried), equal_nan=True, rtol=1e-6, atol=0.0)
+    # Inductor multiplies where eager divides: a number may become the next one of its eight bits.
+    largest = x.nan_to_num().abs().amax(-1, keepdim=True)
+    arrived = (back(torch.compile(there)(x)) / largest, back(carried) / largest)
+    torch.testing.assert_close(*arrived, equal_nan=True, rtol=0.0, atol=0.08)
 
 
 # In a graph

@@ -6,6 +6,9 @@
 A row is a head of a token where attention's operands travel, so that a large one costs no other its precision. In
 float8 a number comes back within 1/16 of itself, or 1/2**18 of its row's largest; in int8 within 1/254 of its row's
 largest. As in `collectives`, functions take `call(operator, *arguments)`.
+
+The bytes of a scale are calculated, not looked at as another type of another size, which Inductor leaves to an operator
+that asks for strides (and, in torch 2.11, does not get them).
 """
 
 from __future__ import annotations
@@ -27,8 +30,8 @@ SCALE = torch.float32.itemsize
 """Bytes of a row's scale."""
 
 
-def packed(call: Call, x: Any, kind: torch.dtype) -> Any:
-    """Floats (..., size) as bytes (..., size + SCALE)."""
+def packed(call: Call, x: Any, kind: torch.dtype, device: torch.device) -> Any:
+    """Floats (..., size) on this device as bytes (..., size + SCALE)."""
     x = call(aten._to_copy.default, x, dtype=torch.float32)
     largest = torch.finfo(kind).max if kind.is_floating_point else torch.iinfo(kind).max
     scale = call(aten.div.Tensor, call(aten.amax.default, call(aten.abs.default, x), [-1], True), largest)
@@ -37,14 +40,21 @@ def packed(call: Call, x: Any, kind: torch.dtype) -> Any:
     if not kind.is_floating_point:
         numbers = call(aten.round.default, numbers)
     numbers = call(aten._to_copy.default, numbers, dtype=kind)
-    return call(aten.cat.default, [call(aten.view.dtype, part, torch.uint8) for part in (numbers, scale)], -1)
+    bits = call(aten.__rshift__.Tensor, call(aten.view.dtype, scale, torch.int32), _places(call, device))
+    scale_bytes = call(aten._to_copy.default, call(aten.bitwise_and.Scalar, bits, 255), dtype=torch.uint8)
+    return call(aten.cat.default, [call(aten.view.dtype, numbers, torch.uint8), scale_bytes], -1)
 
 
-def unpacked(call: Call, x: Any, size: int, kind: torch.dtype, dtype: torch.dtype) -> Any:
-    """Bytes (..., size + SCALE) as floats (..., size) of a type."""
+def unpacked(call: Call, x: Any, size: int, kind: torch.dtype, dtype: torch.dtype, device: torch.device) -> Any:
+    """Bytes (..., size + SCALE) on this device as floats (..., size) of a type."""
     numbers = call(aten.view.dtype, call(aten.slice.Tensor, x, -1, 0, size), kind)
-    scale = call(aten.slice.Tensor, x, -1, size, size + SCALE)
-    scale = call(aten.clone.default, scale, memory_format=torch.contiguous_format)  # where a float may begin
-    scale = call(aten.view.dtype, scale, torch.float32)
+    scale_bytes = call(aten._to_copy.default, call(aten.slice.Tensor, x, -1, size, size + SCALE), dtype=torch.int32)
+    bits = call(aten.__lshift__.Tensor, scale_bytes, _places(call, device))
+    scale = call(aten.view.dtype, call(aten.sum.dim_IntList, bits, [-1], True, dtype=torch.int32), torch.float32)
     numbers = call(aten._to_copy.default, numbers, dtype=torch.float32)
     return call(aten._to_copy.default, call(aten.mul.Tensor, numbers, scale), dtype=dtype)
+
+
+def _places(call: Call, device: torch.device) -> Any:
+    """Where in 32 bits each byte begins."""
+    return call(aten.arange.start_step, 0, 8 * SCALE, 8, dtype=torch.int32, device=device, pin_memory=False)

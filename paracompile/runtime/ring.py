@@ -52,6 +52,7 @@ def ring_attention(
     key_shape: Sequence[int],
     value_shape: Sequence[int],
     dtype: torch.dtype,
+    device: torch.device,
     scale: float | None,
     ring: Ring,
     eight_bits: torch.dtype | None = None,
@@ -61,13 +62,13 @@ def ring_attention(
     args:
         mask: boolean or additive, for this rank's queries (or one row for all) and all keys; None where all see all.
         key_shape, value_shape: of this rank's keys and values, (*batch, heads, own keys, size).
-        dtype: of the result, and of keys and values.
+        dtype, device: of the result, and of keys and values.
         eight_bits: the type in which keys and values travel; None: as they are.
     """
     result, lse = None, None
     sizes = key_shape[-1], value_shape[-1]
     if eight_bits is not None:
-        carried = [packed(call, part, eight_bits) for part in (key, value)]
+        carried = [packed(call, part, eight_bits, device) for part in (key, value)]
         key_shape, value_shape = ([*shape[:-1], shape[-1] + SCALE] for shape in (key_shape, value_shape))
     else:
         carried = [key, value]
@@ -92,7 +93,8 @@ def ring_attention(
             travelling, *arrived = following
             if eight_bits is not None:
                 arrived = [
-                    unpacked(call, part, size, eight_bits, dtype) for part, size in zip(arrived, sizes, strict=True)
+                    unpacked(call, part, size, eight_bits, dtype, device)
+                    for part, size in zip(arrived, sizes, strict=True)
                 ]
             key, value = arrived
     return result if dtype is precise(dtype) else call(aten._to_copy.default, result, dtype=dtype)
