@@ -315,6 +315,8 @@ class _Interpreter(fx.Interpreter):
             return args[0].close()
         if target is torch.ops.higher_order.tag_activation_checkpoint:
             return self._checkpointed(*args)  # the keywords say how it is computed again
+        if target is torch._check and isinstance(args[0], torch.SymBool):  # torch 2.11 leaves no node where it ran
+            return aten._assert_scalar.default(args[0], "a check of the model's failed")
         made = super().call_function(target, args, kwargs)
         if target is STAND_IN:
             self.from_stand_ins.extend(made)

