@@ -46,6 +46,11 @@ TOLERANCE = 2e-5
 COARSE = {"sana_wm": 2.0**-8}
 """Of models that attend in bfloat16, whatever type they have."""
 
+COARSE_BY_INDUCTOR = {"kandinsky_5": 2e-4}
+"""Of models that Inductor by itself, with its own backend, computes as far from the model."""
+
+REFUSED_BY_INDUCTOR = {"kandinsky_6_sr": "on a CPU Inductor has no flex attention of five dimensions"}
+
 REMEDY = re.compile(r"\b(give|call|pass|use|compile|leave|remove|set|shard|see)\b", re.IGNORECASE)
 
 ONE_GRAPH = ("mochi",)
@@ -150,6 +155,11 @@ NEVER_SKIPPED = {
 @pytest.mark.parametrize("name", BUILDERS)
 def test_blocks_are_skipped_or_a_warning_says_why_not(name: str, compiler: str) -> None:
     """Called once more with the same inputs, what was stored stands for the blocks exactly."""
+    coarse = COARSE
+    if compiler == "inductor":
+        coarse = COARSE | COARSE_BY_INDUCTOR
+        if name in REFUSED_BY_INDUCTOR:
+            pytest.skip(REFUSED_BY_INDUCTOR[name])
     model, inputs = BUILDERS[name]()
     with torch.no_grad():
         expected = model(**inputs)
@@ -172,7 +182,7 @@ def test_blocks_are_skipped_or_a_warning_says_why_not(name: str, compiler: str) 
         warn_of_misses(generation)
     generation.over = True
     for each in found:
-        close(each, expected, COARSE.get(name, TOLERANCE))
+        close(each, expected, coarse.get(name, TOLERANCE))
     stats = cache_stats(compiled)
     told = [str(each.message) for each in caught if "no step of this generation could be skipped" in str(each.message)]
     if name in NEVER_SKIPPED:
