@@ -50,6 +50,7 @@ from paracompile.torch_private import (
     FakeTensorMode,
     FunctionalTensor,
     FunctionalTensorMode,
+    check,
     detect_fake_mode,
     has_data_mutation,
     memory_of,
@@ -315,7 +316,7 @@ class _Interpreter(fx.Interpreter):
             return args[0].close()
         if target is torch.ops.higher_order.tag_activation_checkpoint:
             return self._checkpointed(*args)  # the keywords say how it is computed again
-        if target is torch._check and isinstance(args[0], torch.SymBool):  # torch 2.11 leaves no node where it ran
+        if target is check and isinstance(args[0], torch.SymBool):  # which would leave no node
             return aten._assert_scalar.default(args[0], "a check of the model's failed")
         made = super().call_function(target, args, kwargs)
         if target is STAND_IN:

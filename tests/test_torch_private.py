@@ -368,6 +368,18 @@ def test_gradients_off_stands_in_a_graph() -> None:
     assert torch_private.set_grad_enabled in targets_of(f, torch.ones(3))
 
 
+@of("check")
+def test_a_check_stands_in_a_graph() -> None:
+    def f(x: Tensor) -> Tensor:
+        length = int(x.item())
+        torch._check(length > 1)
+        return torch.zeros(length)
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        found = targets_of(f, torch.tensor(3))
+    assert torch_private.check in found or torch.ops.aten._assert_scalar.default in found
+
+
 @of("enter_autocast", "exit_autocast")
 def test_autocast_stands_in_a_graph() -> None:
     def f(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch import _check as check  # of what holds for a size; torch 2.13 writes an operator into the graph instead
 from torch._C import (
     DispatchKey,  # Functionalize is left out while normalise traces
     DispatchKeySet,
