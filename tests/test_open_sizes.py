@@ -49,6 +49,7 @@ from paracompile.patterns.rules import register_rule
 from paracompile.patterns.rules.labels import equation
 from paracompile.report.open_sizes import fixed_sizes
 from paracompile.report.report import Report
+from paracompile.runtime.slots import begin_generation
 from paracompile.torch_private import ConstantSource, PythonPrinter
 
 
@@ -361,6 +362,10 @@ def test_a_loop_of_one_s_own_keeps_state_of_its_latest_sizes() -> None:
         with cache_context("only"):
             compiled(draw(rows, 12, 10), torch.full((rows,), 0.9))
     assert len(slots_of(model)) == 1 + 16  # the first size has a graph of its own
+    other = begin_generation()
+    for rows in range(42, 62):
+        compiled(draw(rows, 12, 10), torch.full((rows,), 0.9))
+    other.over = True
     for rows, kept in ((26, True), (25, False)):
         with cache_context("only"):
             compiled(draw(rows, 12, 10), torch.full((rows,), 0.8))

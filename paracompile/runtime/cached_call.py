@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _MOST_SLOTS = 8  # of calls of one name, or of none
-_MOST_SIZES = 16  # that one graph has state of
+_MOST_SIZES = 16  # that one generation has state of in one graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,37 +51,26 @@ class StateLike:
         record, state: (shape, dtype, device) of each; sizes may be formulas.
         added: which of the state is what blocks added to a stream.
         symbols: by symbol of these formulas, the place of its value among the graph's arguments.
-        number: that no other one has, or had.
     """
 
     record: tuple[tuple[int, ...], torch.dtype, torch.device]
     state: tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
     added: tuple[int, ...] = ()
     symbols: Mapping[sympy.Symbol, int] = field(default_factory=dict)
-    number: int = field(default_factory=count().__next__)
-    _found: dict[tuple[int, ...], StateLike] = field(default_factory=dict)
 
-    def at(self, args: Sequence[Any]) -> StateLike:
-        """The same at the sizes of a call: one object for all calls of these sizes.
+    def sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
+        """What the symbols are in a call."""
+        return tuple(args[place] for place in self.symbols.values())
 
-        Of many sizes the latest are kept: what is stored for an object goes with it.
-        """
+    def at(self, sizes: Sequence[int]) -> tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]:
+        """The record and the state at these."""
         if not self.symbols:
-            return self
-        values = tuple(args[place] for place in self.symbols.values())
-        found = self._found.pop(values, None) or self._made(values)
-        while len(self._found) >= _MOST_SIZES:
-            self._found.pop(next(iter(self._found)), None)
-        self._found[values] = found
-        return found
-
-    def _made(self, values: tuple[int, ...]) -> StateLike:
-        known = dict(zip(self.symbols, values, strict=True))
-        record, *state = (
+            return (self.record, *self.state)
+        known = dict(zip(self.symbols, sizes, strict=True))
+        return tuple(
             (tuple(evaluate(size, known) for size in shape), dtype, device)
             for shape, dtype, device in (self.record, *self.state)
         )
-        return StateLike(record, tuple(state), self.added)
 
 
 @dataclass(eq=False)
@@ -117,11 +106,13 @@ class SlotsOfGraph:
         like: what each is given, the record first: (shape, dtype, device). Held by a weak key, it must not hold that.
         all: they, in the order in which they were made.
         calls: by name, the step of the last call, and how many calls of that step there were.
+        number: that no others have, or had.
     """
 
     like: tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
     all: list[Slot] = field(default_factory=list)
     calls: dict[str | None, tuple[int, int]] = field(default_factory=dict)
+    number: int = field(default_factory=count().__next__)
 
     def place(self, name: str | None, step: int) -> int:
         """Which call of this step and this name the present one is, from 0."""
@@ -139,17 +130,28 @@ class Held:
     """All that is stored for one generation of one model.
 
     attributes:
-        slots: by graph and its sizes.
+        slots: by graph, and by its sizes, the latest last.
         history: what the slots recorded.
     """
 
-    slots: weakref.WeakKeyDictionary[StateLike, SlotsOfGraph] = field(default_factory=weakref.WeakKeyDictionary)
+    slots: weakref.WeakKeyDictionary[StateLike, dict[tuple[int, ...], SlotsOfGraph]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
     history: History = field(default_factory=History)
 
-    def remember(self, graph: CachedCall, like: StateLike, slot: Slot, record: Tensor) -> None:
+    def slots_of(self, like: StateLike, args: Sequence[Any]) -> SlotsOfGraph:
+        """Those of a graph at the sizes of a call; of many sizes the latest are kept."""
+        sizes = like.sizes(args)
+        known = self.slots.setdefault(like, {})
+        known[sizes] = known.pop(sizes) if sizes in known else SlotsOfGraph(like.at(sizes))
+        while len(known) > _MOST_SIZES:
+            del known[next(iter(known))]
+        return known[sizes]
+
+    def remember(self, graph: CachedCall, slots: SlotsOfGraph, slot: Slot, record: Tensor) -> None:
         slot.record = record
         line = self.history.line(
-            like.number, slot.title, named=slot.name is not None, inputs=graph.inputs, free=graph.free
+            slots.number, slot.title, named=slot.name is not None, inputs=graph.inputs, free=graph.free
         )
         self.history.add(line, record)
 
@@ -181,7 +183,7 @@ class ModelCache:
     def slots(self) -> list[Slot]:
         """All that there are."""
         of_graphs = [of_graph for held in list(self.held.values()) for of_graph in list(held.slots.values())]
-        return [slot for slots in of_graphs for slot in slots.all]
+        return [slot for of_graph in of_graphs for slots in list(of_graph.values()) for slot in slots.all]
 
     def forget(self, generation: Generation | None = None) -> None:
         """Forgets the state of a generation, or of all; what was recorded stays readable until the next call."""
@@ -308,8 +310,7 @@ class CachedCall:
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         model = self._model(args)
         held = model.begin_call()
-        like = self.like.at(args)
-        slots = held.slots.setdefault(like, SlotsOfGraph((like.record, *like.state)))
+        slots = held.slots_of(self.like, args)
         generation, name = current_generation(), current_name()
         slot = self._slot(slots, generation, name, args)
         known = generation.is_loop and slot.step is not None and slot.step < generation.steps
@@ -322,9 +323,9 @@ class CachedCall:
         except BaseException:
             slots.keep(other for other in slots.all if other is not slot)  # some of its state may be written, some not
             raise
-        held.remember(self, like, slot, record)
+        held.remember(self, slots, slot, record)
         for observe in model.observers:
-            observe(slot, [slot.state[place] for place in like.added])
+            observe(slot, [slot.state[place] for place in self.like.added])
         return tuple(outputs)
 
     def _model(self, args: Sequence[Any]) -> ModelCache:
