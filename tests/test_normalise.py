@@ -803,3 +803,26 @@ def test_none_among_the_outputs_of_the_graph_itself() -> None:
 
     gm, x = fx.symbolic_trace(Several()), draw(2, 6)
     close(normalise(gm, [x])(x), Several()(x), 0.0)
+
+
+def test_a_check_of_a_length_stays() -> None:
+    """As torch 2.11 captures it: without it, what is asked of the length later has no answer."""
+    graphs: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        for node in gm.graph.nodes:
+            if node.target is torch.ops.aten._assert_scalar.default:
+                node.target, node.args = torch._check, node.args[:1]
+        graphs.append(normalise(gm, example_inputs))
+        return gm.forward
+
+    def model(x: Tensor, length: Tensor) -> Tensor:
+        kept = int(length.item())
+        torch._check(kept > 1)
+        torch._check(kept <= x.shape[1])
+        return x[:, :kept]
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        torch.compile(model, backend=backend, fullgraph=True)(draw(2, 9), torch.tensor(5))
+    (graph,) = graphs
+    assert len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default)) == 2
